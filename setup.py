@@ -1,0 +1,56 @@
+"""Packaging of rambo_det; the configuration of its tools is in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """Read the version without importing the package, which would import torch."""
+    text = (HERE / 'rambo_det' / 'version.py').read_text(encoding='utf-8')
+    found = re.search(r"^__version__ = '([^']+)'", text, re.MULTILINE)
+    if found is None:
+        raise RuntimeError("rambo_det/version.py has no line __version__ = '...'")
+    return found.group(1)
+
+
+def read_readme() -> str:
+    """Read the long description, which a partial checkout may lack."""
+    readme = HERE / 'README.md'
+    return readme.read_text(encoding='utf-8') if readme.exists() else ''
+
+
+setup(
+    name='rambo_det',
+    version=read_version(),
+    description='A ranking loss for mmdetection that optimises average precision',
+    long_description=read_readme(),
+    long_description_content_type='text/markdown',
+    author='The rambo_det authors',
+    license='MIT',
+    python_requires='>=3.8',
+    packages=find_packages(include=['rambo_det', 'rambo_det.*']),
+    package_data={'rambo_det': ['py.typed']},
+    zip_safe=False,
+    # mmdet is an extra: the maintained fork installs the same import packages, and
+    # requiring mmdet here would overwrite the fork's files.
+    install_requires=['torch>=1.13'],
+    extras_require={
+        'mmdet': ['mmdet>=3.3.0', 'mmcv>=2.0.0', 'mmengine>=0.10.0', 'pycocotools'],
+        'onedl': [
+            'onedl-mmdetection>=3.5.0',
+            'onedl-mmcv>=2.3.0',
+            'onedl-mmengine>=0.10.10',
+            'pycocotools',
+        ],
+        'dev': ['hypothesis', 'mypy', 'pytest', 'pytest-timeout', 'ruff'],
+    },
+    classifiers=[
+        'Intended Audience :: Science/Research',
+        'Programming Language :: Python :: 3',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
+)
