@@ -1,0 +1,50 @@
+# STACK selects mmdet and its maintained fork: `STACK=onedl make test`.
+STACK ?= mmdet
+VENV_mmdet := .venv
+VENV_onedl := .venv-onedl
+VENV := $(VENV_$(STACK))
+ifeq ($(VENV),)
+$(error STACK=$(STACK): expected mmdet or onedl)
+endif
+
+# Run, not just looked up: a version manager's shim exists without its Python.
+ifndef PYTHON
+PYTHON := $(firstword $(foreach p,python3.11 python3,$(shell $(p) -c 'print("$(p)")' 2>/dev/null)))
+ifeq ($(PYTHON),)
+$(error no python3.11 or python3 on PATH; install Python 3.11, or name one: make PYTHON=/path/to/python3.11)
+endif
+endif
+
+# Extra arguments, as in: make test ARGS='-m "not slow"'
+ARGS ?=
+
+.PHONY: help setup demo test check clean
+
+help:
+	@echo 'make setup   make the environment ($(VENV)); the first time compiles mmcv, about 10 minutes'
+	@echo 'make demo    train and compare the losses on generated images'
+	@echo 'make test    run the tests and the examples in the docstrings'
+	@echo 'make check   check format, lint and types'
+	@echo 'make clean   delete the environments and build products; keeps results and the compiled wheels'
+	@echo
+	@echo 'STACK=mmdet|onedl selects the stack (now $(STACK)), PYTHON=... the Python 3.11 (now $(PYTHON)),'
+	@echo "ARGS='...' adds arguments to demo and test. Every target but clean runs setup first."
+
+setup:
+	@$(PYTHON) tools/setup_env.py --stack $(STACK)
+
+demo: setup
+	$(VENV)/bin/python tools/demo.py $(ARGS)
+
+test: setup
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+check: setup
+	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m mypy
+
+clean:
+	rm -rf .venv .venv-onedl build dist rambo_det.egg-info
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find rambo_det configs tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
