@@ -40,7 +40,7 @@ VENVS = {'mmdet': '.venv', 'onedl': '.venv-onedl'}
 STAMP = 'rambo_det.stamp'
 PROMPT = 'rambo_det'  # tells an environment made here from someone else's
 REPORT_EVERY = 15.0  # seconds between two signs of life
-ANOTHER_PYTHON = f'Pass another one: make setup PYTHON=/path/to/python{PY}'
+ANOTHER_PYTHON = f'Pass another one: make demo PYTHON=/path/to/python{PY}'
 
 PROBE_TORCH = """
 import torch
