@@ -1,0 +1,34 @@
+"""rambo_det: train mmdetection detectors directly for Average Precision.
+
+Importing the package registers ``RaMBOLoss`` and the ``RaMBO…`` heads in mmdet's
+registry where mmdet is installed. Without it, :mod:`rambo_det.functional` still is
+complete: it needs PyTorch alone.
+"""
+
+from importlib.util import find_spec
+
+from . import functional
+from .version import __version__
+
+__all__ = ['__version__', 'functional']
+
+# Looking for mmdet rather than catching ImportError: a broken installation (a missing
+# mmcv, say) must be reported, not silently leave the registry empty.
+if find_spec('mmdet') is not None:
+    from .checkpoint import allow_mmengine_checkpoints
+    from .heads import (
+        RaMBOBBoxHeadMixin,
+        RaMBOConvFCBBoxHead,
+        RaMBOShared2FCBBoxHead,
+        RaMBOShared4Conv1FCBBoxHead,
+    )
+    from .losses import RaMBOLoss
+
+    allow_mmengine_checkpoints()
+    __all__ += [
+        'RaMBOBBoxHeadMixin',
+        'RaMBOConvFCBBoxHead',
+        'RaMBOLoss',
+        'RaMBOShared2FCBBoxHead',
+        'RaMBOShared4Conv1FCBBoxHead',
+    ]

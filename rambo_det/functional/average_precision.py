@@ -1,0 +1,275 @@
+"""Average precision and the loss ``1 - AP`` with the blackbox gradient."""
+
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from .checks import (
+    at_least_float32,
+    bool_mask,
+    check_binary,
+    check_margin,
+    check_positive,
+    check_scores,
+)
+from .engine import (
+    Sequences,
+    build_sequences,
+    sequence_ap_loss,
+    sequence_average_precision,
+)
+
+
+def apply_margin(
+    scores: Tensor,
+    targets: Tensor,
+    margin: float,
+    noise: bool = False,
+    generator: Optional[torch.Generator] = None,
+) -> Tensor:
+    """Lower positives and raise negatives by half the margin before ranking.
+
+    The margin keeps scores from collapsing to ties (Rolínek et al., CVPR 2020,
+    arXiv 1912.03500, section 4.2).
+
+    Args:
+        scores: Floating-point tensor of any shape.
+        targets: Tensor of the same shape, nonzero or True for positives.
+        margin: The distance α >= 0 between positives and negatives, in units of the
+            scores.
+        noise: Whether each entry's shift is multiplied by its own ``|N(0, 1)|``, as
+            the authors' mAP loss does. Defaults to False, the fixed shift.
+        generator: Random generator for the noise.
+
+    Returns:
+        The shifted scores; float32 for half-precision scores, else of their dtype.
+
+    Raises:
+        TypeError: If ``scores`` or ``targets`` has the wrong type.
+        ValueError: If the shapes differ or ``margin`` is negative or not finite.
+
+    Example:
+        >>> import torch
+        >>> apply_margin(torch.tensor([1.0, 1.0]), torch.tensor([1, 0]), margin=0.5)
+        tensor([0.7500, 1.2500])
+    """
+    check_scores('apply_margin', scores.reshape(-1), check_nan=False)
+    check_margin('apply_margin', margin)
+    positive = check_binary('apply_margin', 'targets', targets, scores)
+    scores = at_least_float32(scores)
+    if margin == 0:
+        return scores
+    shift = (0.5 - positive.to(scores.dtype)) * margin
+    if noise:
+        size, device = scores.shape, scores.device
+        draw = torch.randn(size, generator=generator, device=device, dtype=scores.dtype)
+        shift = shift * draw.abs_()
+    return scores + shift
+
+
+def _row_sequences(
+    name: str, scores: Tensor, targets: Tensor, mask: Optional[Tensor]
+) -> Sequences:
+    """Sequences of an (R, n) problem: one per row."""
+    positive = check_binary(name, 'targets', targets, scores)
+    exists = bool_mask(name, mask, scores)
+    if exists is not None:
+        positive = positive & exists
+    rows = scores.size(0)
+    return build_sequences(
+        scores.detach(),
+        positive.reshape(-1).nonzero().squeeze(1),
+        exists,
+        torch.arange(rows, device=scores.device),
+        rows,
+        per_column=False,
+    )
+
+
+def _hide_masked(scores: Tensor, mask: Optional[Tensor]) -> Tensor:
+    """Make what does not exist harmless: it may hold NaN."""
+    if isinstance(mask, Tensor) and mask.shape == scores.shape:
+        return scores.masked_fill(mask == 0, 0.0)
+    return scores
+
+
+def average_precision(
+    scores: Tensor,
+    targets: Tensor,
+    mask: Optional[Tensor] = None,
+    *,
+    check_nan: bool = True,
+) -> Tensor:
+    """Exact average precision of each row.
+
+    ``AP = mean over positives of rk+ / rk``, with ``rk`` the rank among all entries of
+    the row and ``rk+`` the rank among its positives. Order: score descending, then
+    negatives before positives (ties count against the detector), then index.
+
+    Args:
+        scores: (R, n) floating-point tensor.
+        targets: (R, n) tensor, nonzero or True for positives.
+        mask: (R, n) tensor, zero or False for entries that do not exist.
+        check_nan: Whether to raise on NaN. Defaults to True.
+
+    Returns:
+        (R,) tensor with values in (0, 1]; NaN for a row without positives.
+
+    Raises:
+        TypeError: If ``scores`` is no floating-point tensor.
+        ValueError: If shapes or devices differ or ``scores`` contains NaN.
+
+    Example:
+        >>> import torch
+        >>> scores = torch.tensor([[0.9, 0.8, 0.7, 0.6]])
+        >>> average_precision(scores, torch.tensor([[1, 0, 1, 0]]))
+        tensor([0.8333])
+    """
+    scores = _hide_masked(scores, mask)
+    check_scores('average_precision', scores, check_nan, ndim=2)
+    scores = at_least_float32(scores.detach())
+    seqs = _row_sequences('average_precision', scores, targets, mask)
+    return sequence_average_precision(scores, seqs)
+
+
+def ap_loss(
+    scores: Tensor,
+    targets: Tensor,
+    *,
+    lambd: float,
+    margin: float = 0.0,
+    margin_noise: bool = False,
+    mask: Optional[Tensor] = None,
+    generator: Optional[torch.Generator] = None,
+    check_nan: bool = True,
+) -> Tensor:
+    """``1 - AP`` of each row, differentiated as a blackbox.
+
+    Rolínek et al., *Optimizing Rank-based Metrics with Blackbox Differentiation*, CVPR
+    2020 (arXiv 1912.03500). The gradient of a row is Algorithm 1 with incoming
+    gradient 1, ``-(rk(y) - rk(y + lambd * g)) / (n * lambd)`` with ``g = n * rk+ / (P *
+    rk^2)`` for positives and 0 for negatives, multiplied by the incoming gradient
+    afterwards: unlike in a literal composition, a loss weight weights, and λ belongs
+    to the sequence alone.
+
+    Args:
+        scores: (R, n) floating-point tensor, one sequence per row.
+        targets: (R, n) tensor, nonzero or True for positives.
+        lambd: Interpolation range λ > 0.
+        margin: α >= 0; positives are lowered and negatives raised by half of it.
+        margin_noise: Whether the shift is multiplied by ``|N(0, 1)|``, drawn anew.
+        mask: (R, n) tensor; zero or False means that the entry does not exist: it has
+            no rank and does not count in n.
+        generator: Random generator for the noise.
+        check_nan: Whether to raise on NaN. Defaults to True.
+
+    Returns:
+        (R,) tensor with values in [0, 1); 0 with zero gradient for a row without
+        positives. float32 for half-precision scores, else of their dtype.
+
+    Raises:
+        TypeError: If ``scores`` is no floating-point tensor.
+        ValueError: If shapes or devices differ, ``lambd`` or ``margin`` is out of
+            range, or ``scores`` contains NaN where ``mask`` is True.
+
+    Example:
+        >>> import torch
+        >>> scores = torch.tensor([[0.9, 0.8, 0.7, 0.6]], requires_grad=True)
+        >>> loss = ap_loss(scores, torch.tensor([[0, 1, 1, 0]]), lambd=0.5)
+        >>> loss
+        tensor([0.4167], grad_fn=<_SequenceAPLossBackward>)
+        >>> loss.sum().backward()
+        >>> scores.grad
+        tensor([[ 1.0000, -0.5000, -0.5000,  0.0000]])
+    """
+    scores = _hide_masked(scores, mask)
+    check_scores('ap_loss', scores, check_nan, ndim=2)
+    check_positive('ap_loss', 'lambd', lambd)
+    scores = at_least_float32(scores)
+    scores = apply_margin(scores, targets, margin, margin_noise, generator)
+    seqs = _row_sequences('ap_loss', scores, targets, mask)
+    return sequence_ap_loss(scores, seqs, float(lambd))
+
+
+def _detection_sequences(
+    scores: Tensor,
+    labels: Tensor,
+    per_class: bool,
+    images: Optional[Tensor],
+    num_images: int,
+) -> Sequences:
+    """Sequences of an (N, C) detection problem; see :func:`detection_ap_loss`."""
+    num_cols = scores.size(1)
+    rows = ((labels >= 0) & (labels < num_cols)).nonzero().squeeze(1)
+    positives = rows * num_cols + labels[rows]
+    exists = (labels >= 0).unsqueeze(1)
+    return build_sequences(
+        scores.detach(), positives, exists, images, num_images, per_class
+    )
+
+
+def detection_average_precision(
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    per_class: bool,
+    images: Optional[Tensor] = None,
+    num_images: int = 1,
+) -> Tensor:
+    """Exact AP of each sequence of a detector's classification scores.
+
+    Args and order of the sequences are those of :func:`detection_ap_loss`.
+
+    Returns:
+        (S,) tensor; NaN for a sequence without positives.
+    """
+    scores = at_least_float32(scores.detach())
+    seqs = _detection_sequences(scores, labels, per_class, images, num_images)
+    return sequence_average_precision(scores, seqs)
+
+
+def detection_ap_loss(
+    scores: Tensor,
+    labels: Tensor,
+    *,
+    lambd: float,
+    per_class: bool,
+    images: Optional[Tensor] = None,
+    num_images: int = 1,
+) -> Tuple[Tensor, Tensor]:
+    """``1 - AP`` over the rows of a detector's classifier, differentiated as a blackbox.
+
+    The same loss and gradient as :func:`ap_loss` on the sequences spelled out as rows,
+    without building those rows. Values are not checked here: callers do it once for
+    all terms.
+
+    Args:
+        scores: (N, C) floating-point tensor, one row per anchor or proposal and one
+            column per class, margin already applied.
+        labels: (N,) int64 tensor: 0..C-1 foreground, C or more background, negative
+            for rows that do not exist.
+        lambd: Interpolation range λ > 0.
+        per_class: True ranks the rows of each class (paper, class-wise term), False
+            all (row, class) entries together (pooled term).
+        images: (N,) int64 tensor with values 0..num_images-1; rows are ranked only
+            against rows of the same image. ``None`` ranks all rows together.
+        num_images: Number of images.
+
+    Returns:
+        Tuple ``(losses, present)`` of shape (S,): the loss of each sequence, and True
+        where it has a positive. S is ``num_images``, times C with ``per_class``
+        (image-major).
+
+    Example:
+        >>> import torch
+        >>> scores = torch.tensor([[0.9, 0.1], [0.2, 0.3], [0.4, 0.8]])
+        >>> labels = torch.tensor([0, 1, 2])  # the last row is background
+        >>> losses, present = detection_ap_loss(
+        ...     scores, labels, lambd=0.5, per_class=True)
+        >>> losses, present
+        (tensor([0.0000, 0.5000]), tensor([True, True]))
+    """
+    scores = at_least_float32(scores)
+    seqs = _detection_sequences(scores, labels, per_class, images, num_images)
+    return sequence_ap_loss(scores, seqs, float(lambd)), seqs.counts > 0

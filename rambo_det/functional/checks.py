@@ -1,0 +1,105 @@
+"""Input checks shared by the functional API; messages name what came."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+
+def check_scores(name: str, scores: Tensor, check_nan: bool, ndim: int = 0) -> None:
+    """Check that ``scores`` is a floating-point tensor without NaN.
+
+    Args:
+        name: Name of the calling function, for the message.
+        scores: The tensor to check.
+        check_nan: Whether to look for NaN (one device synchronisation on a GPU).
+        ndim: Required number of dimensions; 0 means at least one.
+
+    Raises:
+        TypeError: If ``scores`` is no floating-point tensor.
+        ValueError: If its number of dimensions is wrong or it contains NaN.
+    """
+    if not isinstance(scores, Tensor):
+        raise TypeError(
+            f'{name}: scores must be a torch.Tensor, got {type(scores).__name__}'
+        )
+    if not scores.is_floating_point():
+        raise TypeError(
+            f'{name}: scores must be floating point, got {scores.dtype}; '
+            'convert them with scores.float()'
+        )
+    if ndim and scores.dim() != ndim:
+        raise ValueError(
+            f'{name}: scores must have {ndim} dimensions (R, n), one row per '
+            f'sequence, got shape {tuple(scores.shape)}; '
+            'add a row with scores.unsqueeze(0) if it is a single sequence'
+        )
+    if scores.dim() == 0:
+        raise ValueError(f'{name}: scores must have at least one dimension, got 0')
+    if check_nan and bool(torch.isnan(scores).any()):
+        count = int(torch.isnan(scores).sum())
+        raise ValueError(
+            f'{name}: scores contain NaN ({count} of {scores.numel()} entries); NaN '
+            'has no rank. Look for a diverging learning rate or a zero-area box; '
+            'check_nan=False skips this check'
+        )
+
+
+def check_binary(name: str, arg: str, value: Tensor, scores: Tensor) -> Tensor:
+    """Return ``value`` as a bool tensor after checking shape, device and values.
+
+    Args:
+        name: Name of the calling function, for the message.
+        arg: Name of the argument, for the message.
+        value: A bool, integer or floating-point tensor.
+        scores: The scores that it belongs to.
+
+    Returns:
+        A bool tensor of the shape of ``scores``.
+
+    Raises:
+        TypeError: If ``value`` is no tensor.
+        ValueError: If shape or device differ from those of ``scores``.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f'{name}: {arg} must be a torch.Tensor, got {type(value).__name__}'
+        )
+    if value.shape != scores.shape:
+        raise ValueError(
+            f'{name}: {arg} must have the shape of scores {tuple(scores.shape)}, '
+            f'got {tuple(value.shape)}'
+        )
+    if value.device != scores.device:
+        raise ValueError(
+            f'{name}: {arg} is on {value.device}, scores are on {scores.device}; '
+            f'move one with {arg}.to(scores.device)'
+        )
+    return value if value.dtype == torch.bool else value != 0
+
+
+def check_positive(name: str, arg: str, value: float) -> None:
+    """Raise unless ``value`` is a positive finite number."""
+    if isinstance(value, Tensor) or not 0 < value < float('inf'):
+        raise ValueError(
+            f'{name}: {arg} must be a positive finite number, got {value!r}'
+        )
+
+
+def check_margin(name: str, margin: float) -> None:
+    """Raise unless ``margin`` is a finite number that is not negative."""
+    if isinstance(margin, Tensor) or not 0 <= margin < float('inf'):
+        raise ValueError(f'{name}: margin must be a finite number >= 0, got {margin!r}')
+
+
+def at_least_float32(scores: Tensor) -> Tensor:
+    """Return half-precision scores as float32, others as they are.
+
+    Half precision merges scores that differ and cannot hold ranks above 2,048.
+    """
+    return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+
+
+def bool_mask(name: str, mask: Optional[Tensor], scores: Tensor) -> Optional[Tensor]:
+    """Check an optional mask; see :func:`check_binary`."""
+    return None if mask is None else check_binary(name, 'mask', mask, scores)

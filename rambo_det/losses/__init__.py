@@ -1,0 +1,5 @@
+"""Losses registered in mmdet's ``MODELS``."""
+
+from .rambo_loss import RaMBOLoss
+
+__all__ = ['RaMBOLoss']

@@ -1,0 +1,464 @@
+"""RaMBO: average precision as the classification loss of a detector."""
+
+import warnings
+from collections import deque
+from contextlib import contextmanager
+from typing import Any, Deque, Dict, Iterator, NamedTuple, Optional, Tuple
+
+import torch
+from mmdet.registry import MODELS
+from torch import Tensor, nn
+
+from ..functional import (
+    apply_margin,
+    detection_ap_loss,
+    detection_average_precision,
+)
+
+_SPANS = {
+    'class_ap': ('memory', 'batch', 'image'),
+    'pooled_ap': ('batch', 'image'),
+}
+_DEFAULTS = {
+    'class_ap': dict(weight=2 / 3, span='memory'),
+    'pooled_ap': dict(weight=1 / 3, span='image'),
+}
+_SCORES = ('logits', 'sigmoid', 'softmax')
+IGNORED = -1
+
+
+class _Term(NamedTuple):
+    """One term of the loss: its weight, what a sequence spans, and its λ."""
+
+    name: str
+    weight: float
+    span: str
+    lambd: float
+
+    @property
+    def per_class(self) -> bool:
+        return self.name == 'class_ap'
+
+
+def _number(name: str, value: Any, positive: bool = False) -> float:
+    """Return a finite number >= 0 (or > 0) or raise an error that names it."""
+    low = 'positive' if positive else 'non-negative'
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f'RaMBOLoss: {name} must be a {low} number, got {value!r}')
+    if not (value > 0 if positive else value >= 0) or value == float('inf'):
+        raise ValueError(
+            f'RaMBOLoss: {name} must be a finite {low} number, got {value!r}'
+        )
+    return float(value)
+
+
+def _parse_term(
+    name: str, spec: Optional[Dict[str, Any]], lambd: float
+) -> Optional[_Term]:
+    """Check one term's dictionary; ``None`` or weight 0 switch the term off."""
+    if spec is None:
+        return None
+    if not isinstance(spec, dict):
+        raise TypeError(
+            f'RaMBOLoss: {name} must be None or dict(weight=…, span=…, lambd=…), '
+            f'got {spec!r}'
+        )
+    unknown = set(spec) - {'weight', 'span', 'lambd'}
+    if unknown:
+        raise ValueError(
+            f'RaMBOLoss: {name} has unknown keys {sorted(unknown)}; it takes weight, '
+            'span and lambd'
+        )
+    spec = {**_DEFAULTS[name], **spec}
+    if spec['span'] not in _SPANS[name]:
+        raise ValueError(
+            f'RaMBOLoss: {name} has span {spec["span"]!r}, expected one of '
+            f'{_SPANS[name]}'
+        )
+    weight = _number(f'{name}.weight', spec['weight'])
+    own = spec.get('lambd')
+    lambd = lambd if own is None else _number(f'{name}.lambd', own, positive=True)
+    return _Term(name, weight, spec['span'], lambd) if weight else None
+
+
+@MODELS.register_module()
+class RaMBOLoss(nn.Module):
+    """Average precision of the classification scores as a loss.
+
+    Rolínek et al., *Optimizing Rank-based Metrics with Blackbox Differentiation*, CVPR
+    2020 (arXiv 1912.03500). The loss is ``loss_weight`` times the sum of two weighted
+    terms, each the mean of ``1 - AP`` over the sequences that have a positive:
+
+    - ``class_ap`` ranks, for each class, the rows (sampled anchors or proposals);
+    - ``pooled_ap`` ranks all (row, class) entries together, so that the scores of
+      different classes become comparable.
+
+    A term's ``span`` says which rows meet in one sequence: those of each ``'image'``,
+    of the ``'batch'``, or of the batch and the last ``memory`` steps (``'memory'``,
+    class-wise term only). Which rows belong to which image the heads of this package
+    tell; in a stock head 'image' means the batch.
+
+    Args:
+        lambd (float): λ of Algorithm 1 for terms without one of their own: how far
+            scores are moved to look for the gradient. It does not scale the loss.
+        margin (float): α: positives are lowered and negatives raised by half of it
+            before ranking, in units of the scores. Defaults to 0.15.
+        margin_noise (bool): Whether each shift is multiplied by its own ``|N(0, 1)|``,
+            drawn anew every step. Defaults to True.
+        memory (int): τ, the number of past steps whose scores also count in spans
+            'memory', without gradient; 0 for none. Defaults to 7.
+        scores (str): What is ranked: 'logits', 'sigmoid' or 'softmax'. With 'softmax'
+            the classifier has a background column, else one column per class.
+        class_ap (dict, optional): ``dict(weight, span, lambd)`` of the class-wise term,
+            with span 'memory', 'batch' or 'image'. Missing keys take the default,
+            weight 2/3, span 'memory' and the loss' ``lambd``. ``None`` or weight 0
+            switch the term off.
+        pooled_ap (dict, optional): The same for the pooled term, with span 'batch' or
+            'image'. Defaults to weight 1/3 and span 'image'.
+        use_sigmoid (bool): Read by mmdet's heads: True means one column per class.
+            False only, and always, with ``scores='softmax'``. Defaults to True.
+        loss_weight (float): Factor on the whole loss. Defaults to 1.0.
+        check_values (bool): Whether to look for NaN and for labels out of range in
+            each step, at the cost of a device synchronisation. Defaults to True.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> import torch
+        >>> from mmdet.registry import MODELS
+        >>> loss_cls = MODELS.build(
+        ...     dict(type='RaMBOLoss', pooled_ap=dict(weight=0.5, span='batch')))
+        >>> logits = torch.tensor([[9.0, -9.0], [-9.0, 9.0], [-9.0, -9.0]])
+        >>> labels = torch.tensor([0, 1, 2])  # the last row is background
+        >>> loss_cls(logits, labels)
+        tensor(0.)
+        >>> labels = torch.tensor([2, 1, 0])
+        >>> bool(loss_cls(logits, labels) > 0)
+        True
+    """
+
+    def __init__(
+        self,
+        lambd: float = 0.1,
+        margin: float = 0.15,
+        margin_noise: bool = True,
+        memory: int = 7,
+        scores: str = 'logits',
+        class_ap: Optional[Dict[str, Any]] = _DEFAULTS['class_ap'],
+        pooled_ap: Optional[Dict[str, Any]] = _DEFAULTS['pooled_ap'],
+        use_sigmoid: bool = True,
+        loss_weight: float = 1.0,
+        check_values: bool = True,
+    ) -> None:
+        super().__init__()
+        if scores not in _SCORES:
+            raise ValueError(
+                f'RaMBOLoss: scores must be one of {_SCORES}, got {scores!r}'
+            )
+        if use_sigmoid == (scores == 'softmax'):
+            raise ValueError(
+                f'RaMBOLoss: scores={scores!r} needs use_sigmoid='
+                f'{scores != "softmax"}, got {use_sigmoid}: mmdet heads read '
+                'use_sigmoid to decide whether the classifier has a background column'
+            )
+        if isinstance(memory, bool) or not isinstance(memory, int) or memory < 0:
+            raise ValueError(
+                f'RaMBOLoss: memory must be a number of steps >= 0, got {memory!r}'
+            )
+        self.lambd = _number('lambd', lambd, positive=True)
+        self.margin = _number('margin', margin)
+        self.margin_noise = bool(margin_noise)
+        self.memory = memory
+        self.scores = scores
+        parsed = (
+            _parse_term('class_ap', class_ap, self.lambd),
+            _parse_term('pooled_ap', pooled_ap, self.lambd),
+        )
+        self.terms = tuple(term for term in parsed if term is not None)
+        if not self.terms:
+            raise ValueError(
+                'RaMBOLoss: both terms are switched off; give class_ap or pooled_ap a '
+                'weight > 0'
+            )
+        self.use_sigmoid = use_sigmoid
+        self.loss_weight = _number('loss_weight', loss_weight)
+        self.check_values = bool(check_values)
+        self._fills_memory = memory > 0 and any(t.span == 'memory' for t in self.terms)
+        self._memory: Deque[Tuple[Tensor, Tensor]] = deque(maxlen=memory)
+        self._images: Optional[Tuple[Tensor, int]] = None
+        self._last: Optional[Tuple[Tensor, Tensor, Optional[Tuple[Tensor, int]]]] = None
+        self._warned_about_images = False
+        # mmdet's RoI heads ask for these three to use the methods below.
+        self.custom_cls_channels = True
+        self.custom_activation = True
+        self.custom_accuracy = True
+
+    def extra_repr(self) -> str:
+        """Show the settings in the printed model."""
+        return (
+            f'margin={self.margin}, margin_noise={self.margin_noise}, '
+            f'memory={self.memory}, scores={self.scores!r}, '
+            f'loss_weight={self.loss_weight}, '
+            f'terms={[tuple(term) for term in self.terms]}'
+        )
+
+    # What mmdet's heads ask of a loss
+
+    def get_cls_channels(self, num_classes: int) -> int:
+        """Return the number of outputs of the classifier for C classes."""
+        return num_classes + 1 if self.scores == 'softmax' else num_classes
+
+    def get_activation(self, cls_score: Tensor) -> Tensor:
+        """Turn logits into test scores for a RoI head.
+
+        Args:
+            cls_score (Tensor): Logits of shape (N, C), or (N, C + 1) with softmax.
+
+        Returns:
+            Tensor: Scores of shape (N, C + 1); RoI heads drop the last column.
+        """
+        if self.scores == 'softmax':
+            return cls_score.softmax(dim=-1)
+        return nn.functional.pad(cls_score.sigmoid(), (0, 1))
+
+    def get_accuracy(self, cls_score: Tensor, labels: Tensor) -> Dict[str, Tensor]:
+        """Report the exact AP per term that the preceding call of the loss kept.
+
+        The scores are those of that call's batch, without margin and memory, in the
+        sequences of each term. ``cls_score`` and ``labels`` are mmdet's interface and
+        not used: they come without the weights and images that the call had.
+
+        Returns:
+            dict[str, Tensor]: AP in [0, 1] under 'class_ap' and 'pooled_ap'; 0 where
+            the batch had no positive; empty before the first call.
+        """
+        if self._last is None:
+            return {}
+        scores, labels, images = self._last
+        result = {}
+        for term in self.terms:
+            index, count = self._grouping(term, images)
+            values = detection_average_precision(
+                scores,
+                labels,
+                per_class=term.per_class,
+                images=index,
+                num_images=count,
+            )
+            result[term.name] = torch.nan_to_num(values.nanmean())
+        return result
+
+    # The loss
+
+    @contextmanager
+    def images(self, index: Tensor, num_images: int) -> Iterator[None]:
+        """Tell which image each row of the next calls belongs to.
+
+        Args:
+            index (Tensor): Image 0..num_images-1 of each row, int64, shape (N,).
+            num_images (int): Number of images.
+
+        Raises:
+            ValueError: If ``index`` is not one-dimensional.
+        """
+        if index.dim() != 1:
+            raise ValueError(
+                'RaMBOLoss.images: index must have shape (N,), the image of each row, '
+                f'got {tuple(index.shape)}'
+            )
+        outer = self._images
+        self._images = (index.long(), num_images)
+        try:
+            yield
+        finally:
+            self._images = outer
+
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        weight: Optional[Tensor] = None,
+        avg_factor: Optional[float] = None,
+        reduction_override: Optional[str] = None,
+    ) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            pred (Tensor): Logits of shape (N, C), or (N, C + 1) with softmax.
+            target (Tensor): Labels of shape (N,): 0..C-1 foreground, C background.
+            weight (Tensor, optional): Shape (N,). Rows of weight 0 are ignored
+                everywhere; other values make no difference in a ranking.
+            avg_factor (float, optional): Accepted for mmdet's interface; means over
+                sequences have no use for it.
+            reduction_override (str, optional): ``None``, 'mean' and 'sum' mean the
+                same; 'none' raises, since a ranking has no loss per row.
+
+        Returns:
+            Tensor: The loss, a scalar; 0 with zero gradient without positives.
+
+        Raises:
+            TypeError: If ``pred`` or ``target`` has the wrong type.
+            ValueError: If shapes do not fit, a label is out of range, ``pred``
+                contains NaN, or ``reduction_override`` is 'none' or unknown.
+        """
+        self._check_shapes(pred, target, weight, reduction_override)
+        num_classes = pred.size(1) - (self.scores == 'softmax')
+        labels = target.long()
+        ignored = None if weight is None else weight == 0
+        if self.check_values:
+            self._check_values(pred, labels, ignored, num_classes)
+        if ignored is not None:
+            labels = labels.masked_fill(ignored, IGNORED)
+
+        scores = self._ranked_scores(pred)
+        images = self._images
+        self._last = (scores.detach(), labels, images)
+        size = scores.size(0)
+        if self.training and self._fills_memory:
+            past = self._recall(num_classes)
+            self._memory.append((scores.detach(), labels.detach()))
+            if past is not None:
+                scores = torch.cat([scores, past[0].to(scores)])
+                labels = torch.cat([labels, past[1].to(labels)])
+        if self.margin:
+            classes = torch.arange(num_classes, device=labels.device)
+            positive = labels.unsqueeze(1) == classes
+            scores = apply_margin(scores, positive, self.margin, self.margin_noise)
+
+        loss = scores.new_zeros(())
+        for term in self.terms:
+            rows = slice(None) if term.span == 'memory' else slice(size)
+            index, count = self._grouping(term, images)
+            losses, present = detection_ap_loss(
+                scores[rows],
+                labels[rows],
+                lambd=term.lambd,
+                per_class=term.per_class,
+                images=index,
+                num_images=count,
+            )
+            loss = loss + term.weight * losses.sum() / present.sum().clamp(min=1)
+        return self.loss_weight * loss
+
+    def _ranked_scores(self, pred: Tensor) -> Tensor:
+        """Turn logits into what is ranked, float32 at least, (N, C)."""
+        pred = pred.float() if pred.dtype in (torch.float16, torch.bfloat16) else pred
+        if self.scores == 'sigmoid':
+            return pred.sigmoid()
+        if self.scores == 'softmax':
+            return pred.softmax(dim=1)[:, :-1]
+        return pred
+
+    def _grouping(
+        self, term: _Term, images: Optional[Tuple[Tensor, int]]
+    ) -> Tuple[Optional[Tensor], int]:
+        """Return the image of each row and their number, for one term."""
+        if term.span != 'image':
+            return None, 1
+        if images is None:
+            if not self._warned_about_images:
+                self._warned_about_images = True
+                warnings.warn(
+                    f"RaMBOLoss: {term.name} has span 'image', but the head does not "
+                    'say which rows belong to which image, so the whole batch is '
+                    "ranked instead. Use the head of this package (type='RaMBO' + the "
+                    'name of the stock head, e.g. RaMBOShared2FCBBoxHead), or span '
+                    "'batch'",
+                    stacklevel=3,
+                )
+            return None, 1
+        return images
+
+    def _check_shapes(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        weight: Optional[Tensor],
+        reduction_override: Optional[str],
+    ) -> None:
+        if reduction_override not in (None, 'mean', 'sum'):
+            raise ValueError(
+                f'RaMBOLoss: reduction_override={reduction_override!r} is not '
+                "possible: a ranking has no loss per row. Use None, 'mean' or 'sum' "
+                '(the same here)'
+            )
+        least = 2 if self.scores == 'softmax' else 1
+        if not pred.is_floating_point():
+            raise TypeError(f'RaMBOLoss: pred must be floating point, got {pred.dtype}')
+        if pred.dim() != 2 or pred.size(1) < least:
+            raise ValueError(
+                'RaMBOLoss: pred must have shape (N, C)'
+                + (' with C + 1 columns for softmax' if least == 2 else '')
+                + f', got {tuple(pred.shape)}'
+            )
+        if target.is_floating_point() or target.dtype == torch.bool:
+            raise TypeError(
+                f'RaMBOLoss: target must hold integer labels, got {target.dtype}'
+            )
+        given = [('target', target), ('weight', weight)]
+        if self._images is not None:
+            given.append(('the image index', self._images[0]))
+        for name, value in given:
+            if value is not None and value.shape != pred.shape[:1]:
+                raise ValueError(
+                    f'RaMBOLoss: {name} must have shape ({pred.size(0)},), one value '
+                    f'per row of pred {tuple(pred.shape)}, got {tuple(value.shape)}'
+                )
+
+    def _check_values(
+        self,
+        pred: Tensor,
+        labels: Tensor,
+        ignored: Optional[Tensor],
+        num_classes: int,
+    ) -> None:
+        nan = torch.isnan(pred.detach())
+        wrong = (labels < 0) | (labels > num_classes)
+        if ignored is not None:
+            nan, wrong = nan & ~ignored.unsqueeze(1), wrong & ~ignored
+        if not bool(nan.any() | wrong.any()):
+            return
+        if bool(wrong.any()):
+            raise ValueError(
+                'RaMBOLoss: target must hold labels 0..C-1 (foreground) and C '
+                f'(background) with C = {num_classes} columns of pred, got '
+                f'{labels[wrong].unique().tolist()}; check num_classes of the head and '
+                'the classes of the data set'
+            )
+        raise ValueError(
+            f'RaMBOLoss: pred contains NaN ({int(nan.sum())} of {nan.numel()} '
+            'entries), which has no rank: training has diverged. Lower the learning '
+            'rate, clip gradients, or look for zero-area boxes in the data'
+        )
+
+    # The score memory
+
+    def _recall(self, num_classes: int) -> Optional[Tuple[Tensor, Tensor]]:
+        """Return the remembered scores and labels, or ``None`` if there are none."""
+        if self._memory and self._memory[0][0].size(1) != num_classes:
+            warnings.warn(
+                'RaMBOLoss: the memory holds scores of '
+                f'{self._memory[0][0].size(1)} classes and pred has {num_classes}; '
+                'the memory, probably loaded from another model, was emptied',
+                stacklevel=3,
+            )
+            self._memory.clear()
+        if not self._memory:
+            return None
+        scores, labels = zip(*self._memory)
+        return torch.cat(scores), torch.cat(labels)
+
+    def get_extra_state(self) -> Dict[str, Any]:
+        """Return the memory for the ``state_dict``, oldest step first."""
+        return dict(
+            scores=[scores for scores, _ in self._memory],
+            labels=[labels for _, labels in self._memory],
+        )
+
+    def set_extra_state(self, state: Dict[str, Any]) -> None:
+        """Restore the memory; only the last ``memory`` steps are kept."""
+        self._memory.clear()
+        if self._fills_memory:
+            self._memory.extend(zip(state['scores'], state['labels']))
