@@ -1,0 +1,87 @@
+"""The definitions, spelled out: slow, obvious, and independent of the package.
+
+Everything here works on Python lists of floats, one sequence at a time.
+"""
+
+from typing import List, Sequence, Tuple
+
+
+def precedes(i: int, j: int, scores: Sequence[float], targets: Sequence[int]) -> bool:
+    """Whether i ranks above j: score, then negatives first, then index."""
+    if scores[i] != scores[j]:
+        return scores[i] > scores[j]
+    if targets[i] != targets[j]:
+        return targets[i] < targets[j]
+    return i < j
+
+
+def ranks(scores: Sequence[float], targets: Sequence[int]) -> List[int]:
+    n = len(scores)
+    return [
+        1 + sum(precedes(j, i, scores, targets) for j in range(n) if j != i)
+        for i in range(n)
+    ]
+
+
+def positive_ranks(scores: Sequence[float], targets: Sequence[int]) -> List[int]:
+    """Rank among the positives, for positives; 0 for negatives."""
+    n = len(scores)
+    return [
+        1
+        + sum(
+            precedes(j, i, scores, targets) for j in range(n) if j != i and targets[j]
+        )
+        if targets[i]
+        else 0
+        for i in range(n)
+    ]
+
+
+def average_precision(scores: Sequence[float], targets: Sequence[int]) -> float:
+    """Mean precision at the positives; NaN without positives."""
+    rk, rkp = ranks(scores, targets), positive_ranks(scores, targets)
+    precision = [rkp[i] / rk[i] for i in range(len(scores)) if targets[i]]
+    return sum(precision) / len(precision) if precision else float('nan')
+
+
+def perturbed(
+    scores: Sequence[float], targets: Sequence[int], lambd: float
+) -> List[float]:
+    """``y + λ g`` with g = n rk+ / (P rk²) for positives and 0 for negatives."""
+    n, num_pos = len(scores), sum(targets)
+    rk, rkp = ranks(scores, targets), positive_ranks(scores, targets)
+    return [
+        scores[i] + lambd * n * rkp[i] / (num_pos * rk[i] ** 2)
+        if targets[i]
+        else scores[i]
+        for i in range(n)
+    ]
+
+
+def ap_loss(
+    scores: Sequence[float], targets: Sequence[int], lambd: float
+) -> Tuple[float, List[float]]:
+    """``1 - AP`` and its gradient by Algorithm 1, incoming gradient 1."""
+    n = len(scores)
+    if not any(targets):
+        return 0.0, [0.0] * n
+    before = ranks(scores, targets)
+    after = ranks(perturbed(scores, targets, lambd), targets)
+    gradient = [-(before[i] - after[i]) / (n * lambd) for i in range(n)]
+    return 1 - average_precision(scores, targets), gradient
+
+
+def rounding_decides(
+    scores: Sequence[float], targets: Sequence[int], lambd: float, tol: float
+) -> bool:
+    """Whether two scores nearly tie after the perturbation, a positive among them."""
+    if not any(targets):
+        return False
+    after = perturbed(scores, targets, lambd)
+    n = len(scores)
+    for i in range(n):
+        for j in range(n):
+            gap = abs(after[i] - after[j])
+            if i != j and targets[i] and gap <= tol * (1 + abs(after[i])):
+                return True
+    return False

@@ -1,0 +1,380 @@
+"""AP and its loss against the definition and against Algorithm 1 done literally."""
+
+import math
+
+import oracle
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from rambo_det.functional import (
+    ap_loss,
+    apply_margin,
+    average_precision,
+    blackbox_rank,
+    detection_ap_loss,
+    detection_average_precision,
+    rank,
+)
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+score = st.one_of(
+    st.integers(-3, 3).map(float),
+    st.floats(-4, 4, width=16),
+    st.sampled_from([math.inf, -math.inf]),
+)
+
+
+@st.composite
+def problems(draw, max_rows=3, max_length=9):
+    """Scores, targets and a mask of shape (R, n), and λ."""
+    rows = draw(st.integers(1, max_rows))
+    length = draw(st.integers(1, max_length))
+    many = rows * length
+    values = draw(st.lists(score, min_size=many, max_size=many))
+    flags = st.lists(st.booleans(), min_size=many, max_size=many)
+    targets, mask = draw(flags), draw(st.one_of(flags, st.just([True] * many)))
+    lambd = draw(st.floats(0.01, 100))
+    shape = (rows, length)
+    return (
+        torch.tensor(values).view(shape),
+        torch.tensor(targets).view(shape),
+        torch.tensor(mask).view(shape),
+        lambd,
+    )
+
+
+def sequences(scores, targets, mask):
+    """Each row's existing entries as lists, with their positions."""
+    for r in range(scores.size(0)):
+        at = mask[r].nonzero().flatten().tolist()
+        yield (
+            r,
+            at,
+            [scores[r, i].item() for i in at],
+            [int(targets[r, i]) for i in at],
+        )
+
+
+@settings(max_examples=500)
+@given(problem=problems(), dtype=st.sampled_from(DTYPES))
+def test_average_precision_is_the_definition(problem, dtype):
+    scores, targets, mask, _ = problem
+    scores = scores.to(dtype)
+    result = average_precision(scores, targets, mask)
+    assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for r, _, values, flags in sequences(scores.double(), targets, mask):
+        expected = oracle.average_precision(values, flags)
+        assert result[r].item() == pytest.approx(expected, rel=1e-6, nan_ok=True)
+
+
+@settings(max_examples=2000, deadline=None)
+@given(problem=problems(), dtype=st.sampled_from(DTYPES))
+def test_loss_and_gradient_are_algorithm_1(problem, dtype):
+    scores, targets, mask, lambd = problem
+    exact = dtype == torch.float64
+    scores = scores.to(dtype).requires_grad_()
+    # Incoming gradients that half precision holds exactly: they must only scale.
+    incoming = torch.tensor([0.5, 2.0, -1.0])[: scores.size(0)]
+    losses = ap_loss(scores, targets, lambd=lambd, mask=mask)
+    (losses * incoming.to(losses)).sum().backward()
+
+    expected = torch.zeros(scores.shape, dtype=torch.float64)
+    for r, at, values, flags in sequences(scores.detach().double(), targets, mask):
+        tol = 1e-12 if exact else 1e-5
+        assume(not oracle.rounding_decides(values, flags, lambd, tol))
+        loss, gradient = oracle.ap_loss(values, flags, lambd)
+        assert losses[r].item() == pytest.approx(loss, abs=1e-12 if exact else 1e-6)
+        expected[r, at] = torch.tensor(gradient, dtype=torch.float64) * incoming[r]
+    assert scores.grad.dtype == dtype
+    rtol = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
+    torch.testing.assert_close(
+        scores.grad.double(), expected, rtol=rtol, atol=1e-12 if exact else 1e-7
+    )
+
+
+@settings(max_examples=500, deadline=None)
+@given(problem=problems(max_rows=1, max_length=12))
+def test_unit_gradient_form_equals_the_literal_composition(problem):
+    """The same loss composed from blackbox_rank, the positives' ranks constant.
+
+    blackbox_rank breaks ties by index, so the negatives are put first.
+    """
+    scores, targets, _, lambd = problem
+    values, flags = scores[0].tolist(), targets[0].int().tolist()
+    assume(any(flags))
+    assume(not oracle.rounding_decides(values, flags, lambd, 1e-12))
+    order = torch.argsort(targets[0].int(), stable=True)
+    literal = scores[0, order].double().requires_grad_()
+    positive = targets[0, order]
+    among = rank(literal.detach()[positive]).double()
+    precision = among / literal.numel() / blackbox_rank(literal, lambd)[positive]
+    loss = 1 - precision.mean()
+    loss.backward()
+
+    ours = scores[:, order].double().requires_grad_()
+    result = ap_loss(ours, positive[None], lambd=lambd)
+    result.sum().backward()
+    torch.testing.assert_close(result[0], loss.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours.grad[0], literal.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_a_weight_scales_unlike_in_the_literal_form():
+    """Ours at weight w is w times the gradient; the literal form moves λ instead."""
+    scores = torch.randn(1, 50, dtype=torch.float64)
+    targets = torch.arange(50)[None] % 7 == 0
+
+    def gradient(factor, lambd):
+        leaf = scores.clone().requires_grad_()
+        (factor * ap_loss(leaf, targets, lambd=lambd).sum()).backward()
+        return leaf.grad
+
+    assert gradient(1.0, 0.5).abs().sum() > 0
+    torch.testing.assert_close(gradient(65536.0, 0.5), 65536.0 * gradient(1.0, 0.5))
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize(
+    'values, targets, loss',
+    [
+        ([3.0, 2.0, 1.0], [1, 1, 0], 0.0),
+        ([3.0, 2.0, 1.0], [0, 0, 1], 2 / 3),
+        ([1.0], [1], 0.0),
+        ([1.0], [0], 0.0),
+        ([2.0, 1.0], [1, 1], 0.0),
+        ([2.0, 1.0], [0, 0], 0.0),
+        ([0.0, 0.0, 0.0, 0.0], [1, 0, 1, 0], 1 - (1 / 3 + 2 / 4) / 2),
+        ([math.inf, math.inf, -math.inf], [1, 0, 1], 1 - (1 / 2 + 2 / 3) / 2),
+        ([], [], 0.0),
+    ],
+)
+def test_special_sequences(values, targets, loss, dtype):
+    scores = torch.tensor([values], dtype=dtype).requires_grad_()
+    result = ap_loss(scores, torch.tensor([targets]), lambd=1.0)
+    assert result.tolist() == pytest.approx([loss], abs=1e-6)
+    result.sum().backward()
+    assert torch.isfinite(scores.grad).all()
+
+
+def test_rows_without_positives_have_no_gradient():
+    scores = torch.randn(3, 8, requires_grad=True)
+    targets = torch.zeros(3, 8)
+    targets[1, 5] = 1
+    loss = ap_loss(scores, targets, lambd=100.0)
+    loss.sum().backward()
+    assert loss[0] == 0 and loss[2] == 0
+    assert scores.grad[[0, 2]].abs().sum() == 0
+
+
+def test_masked_entries_do_not_exist():
+    """Removing them gives the same; they may hold NaN."""
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.randn(1, 40, generator=generator, dtype=torch.float64)
+    targets = torch.rand(1, 40, generator=generator) < 0.3
+    mask = torch.rand(1, 40, generator=generator) < 0.6
+    holed = scores.masked_fill(~mask, math.nan).requires_grad_()
+    short = scores[mask][None].clone().requires_grad_()
+    a = ap_loss(holed, targets, lambd=3.0, mask=mask)
+    b = ap_loss(short, targets[mask][None], lambd=3.0)
+    a.sum().backward()
+    b.sum().backward()
+    assert a.item() == b.item()
+    assert torch.equal(holed.grad[mask], short.grad[0])
+    assert holed.grad[~mask].abs().sum() == 0
+    torch.testing.assert_close(
+        average_precision(holed.detach(), targets, mask), 1 - a.detach()
+    )
+
+
+def test_non_contiguous_input():
+    scores = torch.randn(20, 3, dtype=torch.float64)
+    targets = torch.rand(20, 3) < 0.3
+    strided = scores.clone().requires_grad_()
+    plain = scores.t().contiguous().requires_grad_()
+    a = ap_loss(strided.t(), targets.t(), lambd=2.0)
+    b = ap_loss(plain, targets.t().contiguous(), lambd=2.0)
+    a.sum().backward()
+    b.sum().backward()
+    assert torch.equal(a, b)
+    assert torch.equal(strided.grad, plain.grad.t())
+
+
+# The margin
+
+
+@given(
+    margin=st.floats(0, 10, allow_subnormal=False),
+    values=st.lists(st.floats(-5, 5), min_size=1, max_size=6),
+    data=st.data(),
+)
+def test_fixed_margin(margin, values, data):
+    n = len(values)
+    flags = data.draw(st.lists(st.booleans(), min_size=n, max_size=n))
+    result = apply_margin(
+        torch.tensor(values, dtype=torch.float64), torch.tensor(flags), margin
+    )
+    expected = [v - margin / 2 if f else v + margin / 2 for v, f in zip(values, flags)]
+    assert result.tolist() == pytest.approx(expected)
+
+
+def test_random_margin_is_half_normal():
+    targets = torch.arange(200_000) % 2
+    generator = torch.Generator().manual_seed(0)
+    shift = apply_margin(
+        torch.zeros(200_000), targets, 2.0, noise=True, generator=generator
+    )
+    assert (shift[targets == 1] <= 0).all() and (shift[targets == 0] >= 0).all()
+    size = shift.abs()
+    assert size.mean().item() == pytest.approx(math.sqrt(2 / math.pi), rel=0.01)
+    assert size.std().item() == pytest.approx(math.sqrt(1 - 2 / math.pi), rel=0.01)
+    again = apply_margin(
+        torch.zeros(200_000), targets, 2.0, True, torch.Generator().manual_seed(0)
+    )
+    assert torch.equal(shift, again)
+
+
+@pytest.mark.parametrize('noise', [False, True])
+def test_loss_with_margin_is_the_loss_of_shifted_scores(noise):
+    scores = torch.randn(2, 30, dtype=torch.float64)
+    targets = torch.rand(2, 30) < 0.3
+    mask = torch.rand(2, 30) < 0.8
+    plain, inside = scores.clone().requires_grad_(), scores.clone().requires_grad_()
+    shifted = apply_margin(
+        plain * mask, targets, 0.5, noise, torch.Generator().manual_seed(5)
+    )
+    a = ap_loss(shifted, targets, lambd=2.0, mask=mask)
+    b = ap_loss(
+        inside,
+        targets,
+        lambd=2.0,
+        margin=0.5,
+        margin_noise=noise,
+        mask=mask,
+        generator=torch.Generator().manual_seed(5),
+    )
+    a.sum().backward()
+    b.sum().backward()
+    assert torch.equal(a, b)
+    assert torch.equal(plain.grad, inside.grad)
+
+
+def test_margin_keeps_half_precision_apart():
+    """0.15 / 2 is lost next to 64 in bfloat16."""
+    shifted = apply_margin(
+        torch.full((2,), 64.0, dtype=torch.bfloat16), torch.tensor([1, 0]), 0.15
+    )
+    assert shifted.dtype == torch.float32
+    assert (shifted[1] - shifted[0]).item() == pytest.approx(0.15, rel=1e-3)
+
+
+# The detection layout
+
+
+@st.composite
+def detections(draw):
+    """Logits (N, C), labels, image index, number of images, λ."""
+    rows, columns = draw(st.integers(0, 10)), draw(st.integers(1, 4))
+    num_images = draw(st.integers(1, 3))
+    many = rows * columns
+    values = draw(st.lists(score, min_size=many, max_size=many))
+    labels = draw(st.lists(st.integers(-1, columns), min_size=rows, max_size=rows))
+    index = st.lists(st.integers(0, num_images - 1), min_size=rows, max_size=rows)
+    images = draw(index)
+    return (
+        torch.tensor(values, dtype=torch.float64).view(rows, columns),
+        torch.tensor(labels, dtype=torch.long),
+        torch.tensor(images, dtype=torch.long),
+        num_images,
+        draw(st.floats(0.01, 100)),
+    )
+
+
+@settings(max_examples=1000, deadline=None)
+@given(problem=detections(), per_class=st.booleans(), per_image=st.booleans())
+def test_detection_layout_equals_sequences_spelled_out(problem, per_class, per_image):
+    scores, labels, images, num_images, lambd = problem
+    scores.requires_grad_()
+    groups = dict(images=images, num_images=num_images) if per_image else {}
+    losses, present = detection_ap_loss(
+        scores, labels, lambd=lambd, per_class=per_class, **groups
+    )
+    aps = detection_average_precision(scores, labels, per_class=per_class, **groups)
+    weights = torch.linspace(0.5, 2.0, losses.numel(), dtype=torch.float64)
+    (losses * weights).sum().backward()
+
+    expected = torch.zeros(scores.shape, dtype=torch.float64)
+    columns = range(scores.size(1))
+    number = 0
+    for image in range(num_images if per_image else 1):
+        rows = [
+            i
+            for i in range(len(labels))
+            if labels[i] >= 0 and (not per_image or images[i] == image)
+        ]
+        for classes in [[c] for c in columns] if per_class else [list(columns)]:
+            at = [(i, c) for i in rows for c in classes]
+            values = [scores[i, c].item() for i, c in at]
+            flags = [int(labels[i] == c) for i, c in at]
+            assume(not oracle.rounding_decides(values, flags, lambd, 1e-12))
+            loss, gradient = oracle.ap_loss(values, flags, lambd)
+            assert losses[number].item() == pytest.approx(loss, abs=1e-12)
+            assert bool(present[number]) == any(flags)
+            assert aps[number].item() == pytest.approx(
+                oracle.average_precision(values, flags), abs=1e-12, nan_ok=True
+            )
+            for (i, c), g in zip(at, gradient):
+                expected[i, c] += g * weights[number]
+            number += 1
+    assert number == losses.numel()
+    torch.testing.assert_close(scores.grad, expected, rtol=1e-12, atol=1e-12)
+
+
+# Errors
+
+
+@pytest.mark.parametrize('function', [average_precision, ap_loss])
+@pytest.mark.parametrize(
+    'arguments, error, match',
+    [
+        (([[1.0]], torch.ones(1, 1)), TypeError, 'scores must be a torch.Tensor'),
+        ((torch.ones(3), torch.ones(3)), ValueError, r'2 dimensions.*got shape \(3,\)'),
+        ((torch.ones(1, 3), [[1, 0, 0]]), TypeError, 'targets must be a torch.Tensor'),
+        ((torch.ones(1, 3), torch.ones(1, 2)), ValueError, r'targets.*\(1, 3\).*1, 2'),
+        ((torch.ones(1, 3).long(), torch.ones(1, 3)), TypeError, 'torch.int64'),
+        ((torch.full((1, 2), math.nan), torch.ones(1, 2)), ValueError, 'NaN'),
+    ],
+)
+def test_bad_arguments(function, arguments, error, match):
+    kwargs = dict(lambd=1.0) if function is ap_loss else {}
+    with pytest.raises(error, match=match):
+        function(*arguments, **kwargs)
+
+
+@pytest.mark.parametrize('function', [average_precision, ap_loss])
+def test_bad_mask(function):
+    kwargs = dict(lambd=1.0) if function is ap_loss else {}
+    with pytest.raises(ValueError, match=r'mask must have the shape.*\(1, 3\)'):
+        function(torch.ones(1, 3), torch.ones(1, 3), mask=torch.ones(3), **kwargs)
+
+
+@pytest.mark.parametrize(
+    'kwargs, match',
+    [
+        (dict(lambd=0.0), 'lambd must be a positive finite number, got 0.0'),
+        (dict(lambd=-1.0), 'lambd'),
+        (dict(lambd=1.0, margin=-0.1), 'margin must be a finite number >= 0'),
+        (dict(lambd=1.0, margin=math.inf), 'margin'),
+    ],
+)
+def test_bad_settings(kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        ap_loss(torch.ones(1, 3), torch.ones(1, 3), **kwargs)
+
+
+def test_nan_check_can_be_switched_off():
+    scores = torch.tensor([[math.nan, 1.0]])
+    targets = torch.tensor([[0, 1]])
+    assert ap_loss(scores, targets, lambd=1.0, check_nan=False).shape == (1,)
+    assert average_precision(scores, targets, check_nan=False).shape == (1,)
