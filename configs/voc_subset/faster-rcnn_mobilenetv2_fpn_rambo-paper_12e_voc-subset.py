@@ -1,0 +1,13 @@
+_base_ = [
+    './faster-rcnn_mobilenetv2_fpn_rambo_4e_voc-subset.py',
+    '../_base_/rambo_paper.py',
+]
+
+model = dict(roi_head=dict(bbox_head=dict(loss_cls=_base_.paper_loss)))
+train_dataloader = dict(batch_size=_base_.paper_batch_size)
+optim_wrapper = _base_.paper_optim_wrapper
+train_cfg = dict(max_epochs=12)
+param_scheduler = [
+    _base_.paper_warmup,
+    dict(type='MultiStepLR', by_epoch=True, begin=0, end=12, milestones=[9], gamma=0.1),
+]

@@ -1,0 +1,6 @@
+"""Train a detector: mmdet's own ``tools/train.py``, found in the installed package."""
+
+from mmdet_script import run_mmdet_script
+
+if __name__ == '__main__':
+    run_mmdet_script('train')
