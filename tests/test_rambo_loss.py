@@ -478,7 +478,7 @@ def test_float_labels_are_refused():
 
 def test_softmax_needs_a_background_column():
     loss_cls = RaMBOLoss(scores='softmax', use_sigmoid=False)
-    with pytest.raises(ValueError, match='C \\+ 1 columns for softmax'):
+    with pytest.raises(ValueError, match=r'C \+ 1 columns for softmax'):
         loss_cls(torch.zeros(4, 1), torch.zeros(4).long())
 
 

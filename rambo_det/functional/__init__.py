@@ -1,9 +1,9 @@
 """The mathematics of RaMBO, in PyTorch alone.
 
 Sources: Rolínek, Musil, Paulus, Vlastelica, Michaelis, Martius, *Optimizing Rank-based
-Metrics with Blackbox Differentiation*, CVPR 2020 (arXiv 1912.03500); Vlastelica, Paulus,
-Musil, Martius, Rolínek, *Differentiation of Blackbox Combinatorial Solvers*, ICLR 2020
-(arXiv 1912.02175).
+Metrics with Blackbox Differentiation*, CVPR 2020 (arXiv 1912.03500); Vlastelica,
+Paulus, Musil, Martius, Rolínek, *Differentiation of Blackbox Combinatorial Solvers*,
+ICLR 2020 (arXiv 1912.02175).
 """
 
 from .average_precision import (

@@ -238,7 +238,7 @@ def detection_ap_loss(
     images: Optional[Tensor] = None,
     num_images: int = 1,
 ) -> Tuple[Tensor, Tensor]:
-    """``1 - AP`` over the rows of a detector's classifier, differentiated as a blackbox.
+    """``1 - AP`` over the rows of a classifier, differentiated as a blackbox.
 
     The same loss and gradient as :func:`ap_loss` on the sequences spelled out as rows,
     without building those rows. Values are not checked here: callers do it once for

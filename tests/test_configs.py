@@ -1,0 +1,160 @@
+"""Every shipped config builds, and differs from its baseline where it should."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('mmdet', reason='configs are those of mmdet')
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+
+from rambo_det import RaMBOLoss
+
+ROOT = Path(__file__).parent.parent / 'configs'
+CONFIGS = sorted(
+    str(path.relative_to(ROOT))
+    for path in ROOT.glob('*/*.py')
+    if not path.parent.name.startswith('_')
+)
+HEAD = 'model.roi_head.bbox_head'
+LOSS = {f'{HEAD}.loss_cls', f'{HEAD}.type', 'custom_imports'}
+register_all_modules()
+
+
+def load(name):
+    return Config.fromfile(ROOT / name)
+
+
+def differences(a, b, path=''):
+    """Paths at which two configs differ; the loss and data sets count as one.
+
+    mmengine notes in ``_scope_`` which package a part of a config was written in.
+    """
+    a, b = (c.to_dict() if isinstance(c, Config) else c for c in (a, b))
+    whole = path.endswith('loss_cls') or path == 'train_dataloader.dataset'
+    if isinstance(a, dict) and isinstance(b, dict) and not whole:
+        found = set()
+        for key in (set(a) | set(b)) - {'_scope_'}:
+            child = f'{path}.{key}' if path else key
+            if key in a and key in b:
+                found |= differences(a[key], b[key], child)
+            else:
+                found.add(child)
+        return found
+    return set() if a == b else {path}
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_model_builds(name):
+    cfg = load(name)
+    cfg.model.backbone.init_cfg = None  # weights are not needed, and not there
+    model = MODELS.build(cfg.model)
+    head = model.roi_head.bbox_head
+    rambo = '_rambo' in name
+    assert isinstance(head.loss_cls, RaMBOLoss) == rambo
+    assert head.fc_cls.out_features == head.num_classes + (not rambo)
+
+
+def baseline():
+    name = 'mmdet::pascal_voc/faster-rcnn_r50_fpn_1x_voc0712.py'
+    return Config.fromstring(f'_base_ = {name!r}', '.py')
+
+
+R101 = {'model.backbone.depth', 'model.backbone.init_cfg.checkpoint'}
+X101 = R101 | {
+    'model.backbone.type',
+    'model.backbone.groups',
+    'model.backbone.base_width',
+}
+VOC07 = {'train_dataloader.dataset'}
+PAPER = {
+    'train_dataloader.batch_size',
+    'optim_wrapper.optimizer.lr',
+    'optim_wrapper.clip_grad',
+    'param_scheduler',
+    'paper_loss',
+    'paper_batch_size',
+    'paper_optim_wrapper',
+    'paper_warmup',
+}
+
+
+@pytest.mark.parametrize(
+    'name, extra',
+    [
+        ('faster-rcnn_r50_fpn_rambo_1x_voc0712.py', set()),
+        ('faster-rcnn_r101_fpn_rambo_1x_voc0712.py', R101),
+        ('faster-rcnn_x101-32x4d_fpn_rambo_1x_voc0712.py', X101),
+        ('faster-rcnn_r50_fpn_rambo_1x_voc07.py', VOC07),
+        ('faster-rcnn_r50_fpn_rambo-image_1x_voc07.py', VOC07),
+        ('faster-rcnn_r50_fpn_rambo-batch_1x_voc07.py', VOC07),
+        ('faster-rcnn_r50_fpn_rambo-paper_1x_voc07.py', VOC07 | PAPER),
+    ],
+)
+def test_only_the_intended_keys_differ_from_the_baseline_of_mmdet(name, extra):
+    found = differences(baseline(), load(f'pascal_voc/{name}'))
+    assert found == LOSS | extra
+
+
+def test_every_pascal_voc_config_is_compared_above():
+    test = test_only_the_intended_keys_differ_from_the_baseline_of_mmdet
+    compared = {name for name, _ in test.pytestmark[0].args[1]}
+    assert {f'pascal_voc/{name}' for name in compared} == {
+        name for name in CONFIGS if name.startswith('pascal_voc')
+    }
+
+
+def test_voc07_is_the_first_half_of_the_baseline():
+    ours = load('pascal_voc/faster-rcnn_r50_fpn_rambo_1x_voc07.py').train_dataloader
+    theirs = baseline().train_dataloader
+    assert ours.dataset.type == 'RepeatDataset' and ours.dataset.times == 3
+    first = theirs.dataset.dataset.datasets[0]
+    found = differences(dict(ours.dataset.dataset), dict(first))
+    assert found == {'pipeline'}  # differs in the notes of its scope alone
+    for a, b in zip(ours.dataset.dataset.pipeline, first.pipeline):
+        assert differences(dict(a), dict(b)) == set()
+
+
+@pytest.mark.parametrize(
+    'rambo', [n for n in CONFIGS if '_rambo_' in n and not n.startswith('pascal_voc')]
+)
+def test_twins_differ_in_the_loss_alone(rambo):
+    found = differences(load(rambo.replace('_rambo_', '_ce_')), load(rambo))
+    assert found - LOSS == set()
+
+
+@pytest.mark.parametrize(
+    'name', [n for n in CONFIGS if 'rambo-image' in n or 'rambo-batch' in n]
+)
+def test_variants_change_the_spans_alone(name):
+    span = name.split('rambo-')[1].split('_')[0]
+    changed = load(name).model.roi_head.bbox_head.loss_cls
+    assert changed == dict(
+        type='RaMBOLoss',
+        memory=0,
+        class_ap=dict(span=span),
+        pooled_ap=dict(span=span),
+    )
+    default = load(name.replace(f'rambo-{span}', 'rambo'))
+    assert differences(default, load(name)) == {f'{HEAD}.loss_cls'}
+
+
+@pytest.mark.parametrize(
+    'name', [n for n in CONFIGS if n.startswith(('bccd', 'voc_subset'))]
+)
+def test_roots_and_weights_come_from_the_environment(name, monkeypatch):
+    names = ('RAMBO_BCCD', 'RAMBO_VOC_SUBSET', 'RAMBO_MOBILENETV2')
+    for variable in names:
+        monkeypatch.delenv(variable, raising=False)
+    plain = load(name)
+    assert plain.train_dataloader.dataset.data_root.startswith('data/')
+    for variable in names:
+        monkeypatch.setenv(variable, f'/elsewhere/{variable}/')
+    cfg = load(name)
+    root = '/elsewhere/RAMBO_' + ('BCCD/' if name.startswith('bccd') else 'VOC_SUBSET/')
+    assert cfg.train_dataloader.dataset.data_root == root
+    assert cfg.test_dataloader.dataset.data_root == root
+    checkpoint = cfg.model.backbone.init_cfg.checkpoint
+    assert checkpoint == '/elsewhere/RAMBO_MOBILENETV2/'
+    assert 'bbox_min_size' not in cfg.pretty_text
