@@ -197,9 +197,11 @@ def locked(path: Path) -> Iterator[int]:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError:
-                if waited % REPORT_EVERY == 0:
-                    say(f'another set-up, or what a killed one left, holds {path}')
-                    say(f'  ... waiting for its end, {duration(waited)}')
+                if waited == 0:
+                    say('waiting for another set-up, or a step that a killed one left')
+                    say(f'  behind, to end: it holds {path}')
+                elif waited % REPORT_EVERY == 0:
+                    say(f'  ... {duration(waited)}')
                 time.sleep(1)
         yield handle.fileno()
 
