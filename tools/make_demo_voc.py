@@ -40,7 +40,7 @@ _SUBPIXELS = 3
 _MIN_SIDE = 64
 _MIN_VISIBLE = 0.35  # an object is never hidden further than this
 _DIFFICULT_VISIBLE = 0.6
-_DIFFICULT_SIDE = 12  # pixels at 160 pixels of image height
+_DIFFICULT_SIDE = 14  # pixels of an image 128 pixels high
 
 Mask = np.ndarray
 Shape = Callable[[np.ndarray, np.ndarray], Mask]
@@ -113,14 +113,18 @@ class _Stamp:
 
 
 def _stamp(
-    shape: Shape, rng: np.random.Generator, radius: float, size: tuple[int, int]
+    shape: Shape,
+    rng: np.random.Generator,
+    radius: float,
+    turn: int,
+    size: tuple[int, int],
 ) -> _Stamp:
-    """Puts a shape somewhere, rotated by chance, and measures its pixels."""
+    """Puts a shape somewhere, turned by up to some degrees either way."""
     width, height = size
     # A share of the shapes sticks out of the image.
     cx = 0.4 * radius + rng.random() * (width - 0.8 * radius)
     cy = 0.4 * radius + rng.random() * (height - 0.8 * radius)
-    angle = 2 * math.pi * int(rng.integers(360)) / 360
+    angle = math.pi * int(rng.integers(-turn, turn + 1)) / 180
     cos, sin = round(math.cos(angle), 6), round(math.sin(angle), 6)
 
     left, right = math.floor(cx - radius) - 1, math.ceil(cx + radius) + 1
@@ -162,9 +166,9 @@ def _paint(image: np.ndarray, stamp: _Stamp, rng: np.random.Generator) -> None:
     behind = (part * cover).sum(axis=(0, 1)) / max(cover.sum(), 1)
     while True:
         colour = rng.integers(0, 256, size=3)
-        if abs(colour - behind).sum() >= 110:
+        if abs(colour - behind).sum() >= 150:
             break
-    other = colour + rng.integers(-60, 61, size=3)
+    other = colour + rng.integers(-50, 51, size=3)
     texture = rng.integers(3)
     if texture == 0:
         second = np.zeros((height, width), dtype=bool)
@@ -190,19 +194,19 @@ def draw_scene(
     Returns:
         The image, RGB, uint8, shape (height, width, 3), and its objects.
     """
-    unit = min(size) / 160
+    unit = min(size) / 128
     image = _background(rng, size)
     clutter = list(_CLUTTER.values())
-    for _ in range(rng.integers(2, 7)):
+    for _ in range(rng.integers(1, 6)):
         shape = clutter[rng.integers(len(clutter))]
-        stamp = _stamp(shape, rng, unit * (6 + 14 * rng.random()), size)
+        stamp = _stamp(shape, rng, unit * (6 + 14 * rng.random()), 180, size)
         _paint(image, stamp, rng)
 
     placed: list[tuple[str, _Stamp, Mask]] = []
     for name in names:
         for _ in range(30):
-            radius = unit * (7.5 + 24 * rng.random() ** 2)
-            stamp = _stamp(_OBJECTS[name], rng, radius, size)
+            radius = unit * (10 + 18 * rng.random())
+            stamp = _stamp(_OBJECTS[name], rng, radius, 25, size)
             left = [mask & ~stamp.mask for _, _, mask in placed]
             if stamp.mask.sum() >= _MIN_VISIBLE * stamp.area and all(
                 mask.sum() >= _MIN_VISIBLE * below.area
@@ -213,7 +217,7 @@ def draw_scene(
                 _paint(image, stamp, rng)
                 break
 
-    image = image + rng.integers(-14, 15, size=image.shape)
+    image = image + rng.integers(-10, 11, size=image.shape)
     image = np.rint(image).clip(0, 255).astype(np.uint8)
 
     objects = []
@@ -313,9 +317,9 @@ def _write_split(
 
 def generate(
     out: str | Path,
-    train: int = 800,
+    train: int = 2000,
     test: int = 300,
-    size: tuple[int, int] = (192, 160),
+    size: tuple[int, int] = (160, 128),
     seed: int = 0,
 ) -> bool:
     """Writes the data set, unless it is already there.
@@ -390,10 +394,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--out', required=True, help='folder to write')
-    parser.add_argument('--train', type=int, default=800, help='training images')
+    parser.add_argument('--train', type=int, default=2000, help='training images')
     parser.add_argument('--test', type=int, default=300, help='test images')
     parser.add_argument(
-        '--size', type=int, nargs=2, default=(192, 160), metavar=('WIDTH', 'HEIGHT')
+        '--size', type=int, nargs=2, default=(160, 128), metavar=('WIDTH', 'HEIGHT')
     )
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args(argv)
