@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rambo_det.functional import (
+    Ranking,
     ap_loss,
     apply_margin,
     average_precision,
@@ -296,11 +297,10 @@ def detections(draw):
 def test_detection_layout_equals_sequences_spelled_out(problem, per_class, per_image):
     scores, labels, images, num_images, lambd = problem
     scores.requires_grad_()
-    groups = dict(images=images, num_images=num_images) if per_image else {}
-    losses, present = detection_ap_loss(
-        scores, labels, lambd=lambd, per_class=per_class, **groups
-    )
-    aps = detection_average_precision(scores, labels, per_class=per_class, **groups)
+    groups = (images, num_images) if per_image else ()
+    ranking = Ranking(lambd, per_class, *groups)
+    ((losses, present),) = detection_ap_loss(scores, labels, [ranking])
+    aps = detection_average_precision(scores, labels, ranking)
     weights = torch.linspace(0.5, 2.0, losses.numel(), dtype=torch.float64)
     (losses * weights).sum().backward()
 
@@ -329,6 +329,108 @@ def test_detection_layout_equals_sequences_spelled_out(problem, per_class, per_i
             number += 1
     assert number == losses.numel()
     torch.testing.assert_close(scores.grad, expected, rtol=1e-12, atol=1e-12)
+
+
+def pairwise(scores, targets, lambd):
+    """The oracle for one longer sequence: all pairs at once, (n,) tensors."""
+
+    def rank_among(values, others):
+        index = torch.arange(len(values))
+        tie = values[None] == values[:, None]
+        first = (targets[None] < targets[:, None]) | (
+            (targets[None] == targets[:, None]) & (index[None] < index[:, None])
+        )
+        before = (values[None] > values[:, None]) | (tie & first)
+        return 1 + (before & others[None]).sum(1)
+
+    n, num_pos = len(scores), targets.sum()
+    everyone = torch.ones_like(targets)
+    rk, rkp = rank_among(scores, everyone), rank_among(scores, targets)
+    rise = torch.where(targets, lambd * n * rkp / (num_pos * rk.double() ** 2), 0.0)
+    after = rank_among(scores + rise, everyone)
+    return 1 - (rkp.double() / rk)[targets].mean(), (after - rk).double() / (n * lambd)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    rows=st.integers(20, 300),
+    columns=st.integers(1, 5),
+    share=st.sampled_from([0.02, 0.2, 0.9]),
+    digits=st.sampled_from([1, 2, 15]),
+    spread=st.sampled_from([1.0, 1e-3, 1e6]),
+    lambd=st.sampled_from([0.05, 1.0, 30.0]),
+    per_class=st.booleans(),
+)
+def test_longer_sequences(seed, rows, columns, share, digits, spread, lambd, per_class):
+    """Long enough for the bins; few digits make ties, outliers make them uneven."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    scores = scores.round(decimals=digits)
+    scores[torch.rand(rows, columns, generator=generator) < 0.02] *= spread
+    labels = torch.randint(0, columns, (rows,), generator=generator)
+    labels[torch.rand(rows, generator=generator) > share] = columns
+    labels[torch.rand(rows, generator=generator) < 0.05] = -1
+    scores.requires_grad_()
+    ((losses, present),) = detection_ap_loss(
+        scores, labels, [Ranking(lambd, per_class)]
+    )
+    losses.sum().backward()
+    kept = labels >= 0
+    expected = torch.zeros(rows, columns, dtype=torch.float64)
+    one_hot = labels[:, None] == torch.arange(columns)
+    parts = [[c] for c in range(columns)] if per_class else [list(range(columns))]
+    for number, part in enumerate(parts):
+        targets = one_hot[kept][:, part].reshape(-1)
+        assert bool(present[number]) == bool(targets.any())
+        if not targets.any():
+            assert losses[number] == 0
+            continue
+        values = scores.detach()[kept][:, part].reshape(-1)
+        loss, gradient = pairwise(values, targets, lambd)
+        torch.testing.assert_close(losses[number].detach(), loss, rtol=0, atol=1e-12)
+        view = torch.zeros(int(kept.sum()), columns, dtype=torch.float64)
+        view[:, part] = gradient.view(-1, len(part))
+        expected[kept] += view
+    torch.testing.assert_close(scores.grad, expected, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    margin=st.sampled_from([0.1, 0.15, 3.0]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    per_class=st.booleans(),
+)
+def test_fixed_margin_inside_is_the_one_applied_before(seed, margin, dtype, per_class):
+    """Bit for bit, on a grid where the margin makes ties that rounding decides."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(-60, 60, (200, 3), generator=generator).to(dtype) / 20
+    labels = torch.randint(0, 30, (200,), generator=generator).clamp(max=3)
+    one_hot = labels[:, None] == torch.arange(3)
+    inside, before = scores.clone().requires_grad_(), scores.clone().requires_grad_()
+    ranking = Ranking(1.0, per_class)
+    ((a, _),) = detection_ap_loss(inside, labels, [ranking], margin=margin)
+    shifted = apply_margin(before, one_hot, margin)
+    ((b, _),) = detection_ap_loss(shifted, labels, [ranking])
+    a.sum().backward()
+    b.sum().backward()
+    assert torch.equal(a, b)
+    assert torch.equal(inside.grad, before.grad)
+
+
+def test_compiled_modules_can_use_the_loss():
+    scores = torch.randn(2, 30, requires_grad=True)
+    targets = torch.arange(60).view(2, 30) % 4 == 0
+
+    def total(values):
+        return ap_loss(values * 2, targets, lambd=2.0).sum()
+
+    compiled = torch.compile(total, backend='eager')
+    compiled(scores).backward()
+    again = scores.detach().clone().requires_grad_()
+    total(again).backward()
+    assert torch.equal(scores.grad, again.grad)
 
 
 # Errors

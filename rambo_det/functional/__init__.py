@@ -13,9 +13,11 @@ from .average_precision import (
     detection_ap_loss,
     detection_average_precision,
 )
+from .engine import Ranking
 from .ranking import blackbox_rank, rank
 
 __all__ = [
+    'Ranking',
     'ap_loss',
     'apply_margin',
     'average_precision',

@@ -1,6 +1,6 @@
 """Average precision and the loss ``1 - AP`` with the blackbox gradient."""
 
-from typing import Optional, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -13,12 +13,7 @@ from .checks import (
     check_positive,
     check_scores,
 )
-from .engine import (
-    Sequences,
-    build_sequences,
-    sequence_ap_loss,
-    sequence_average_precision,
-)
+from .engine import Ranking, sequence_ap_loss, sequence_average_precision
 
 
 def apply_margin(
@@ -68,23 +63,18 @@ def apply_margin(
     return scores + shift
 
 
-def _row_sequences(
-    name: str, scores: Tensor, targets: Tensor, mask: Optional[Tensor]
-) -> Sequences:
-    """Sequences of an (R, n) problem: one per row."""
+def _rows(
+    name: str, scores: Tensor, targets: Tensor, mask: Optional[Tensor], lambd: float
+) -> Tuple[Tensor, Optional[Tensor], Ranking]:
+    """Positives, existing entries and ranking of an (R, n) problem."""
     positive = check_binary(name, 'targets', targets, scores)
     exists = bool_mask(name, mask, scores)
     if exists is not None:
         positive = positive & exists
-    rows = scores.size(0)
-    return build_sequences(
-        scores.detach(),
-        positive.reshape(-1).nonzero().squeeze(1),
-        exists,
-        torch.arange(rows, device=scores.device),
-        rows,
-        per_column=False,
-    )
+    count = scores.size(0)
+    groups = torch.arange(count, device=scores.device)
+    index = positive.reshape(-1).nonzero().squeeze(1)
+    return index, exists, Ranking(lambd, False, groups, count)
 
 
 def _hide_masked(scores: Tensor, mask: Optional[Tensor]) -> Tensor:
@@ -129,8 +119,9 @@ def average_precision(
     scores = _hide_masked(scores, mask)
     check_scores('average_precision', scores, check_nan, ndim=2)
     scores = at_least_float32(scores.detach())
-    seqs = _row_sequences('average_precision', scores, targets, mask)
-    return sequence_average_precision(scores, seqs)
+    return sequence_average_precision(
+        scores, *_rows('average_precision', scores, targets, mask, lambd=1.0)
+    )
 
 
 def ap_loss(
@@ -188,88 +179,72 @@ def ap_loss(
     check_positive('ap_loss', 'lambd', lambd)
     scores = at_least_float32(scores)
     scores = apply_margin(scores, targets, margin, margin_noise, generator)
-    seqs = _row_sequences('ap_loss', scores, targets, mask)
-    return sequence_ap_loss(scores, seqs, float(lambd))
+    positives, exists, ranking = _rows('ap_loss', scores, targets, mask, float(lambd))
+    return sequence_ap_loss(scores, positives, exists, [ranking])[0][0]
 
 
-def _detection_sequences(
-    scores: Tensor,
-    labels: Tensor,
-    per_class: bool,
-    images: Optional[Tensor],
-    num_images: int,
-) -> Sequences:
-    """Sequences of an (N, C) detection problem; see :func:`detection_ap_loss`."""
+def _detection(
+    scores: Tensor, labels: Tensor, any_ignored: bool
+) -> Tuple[Tensor, Optional[Tensor]]:
+    """Positives and existing rows of an (N, C) problem."""
     num_cols = scores.size(1)
     rows = ((labels >= 0) & (labels < num_cols)).nonzero().squeeze(1)
-    positives = rows * num_cols + labels[rows]
-    exists = (labels >= 0).unsqueeze(1)
-    return build_sequences(
-        scores.detach(), positives, exists, images, num_images, per_class
-    )
+    exists = (labels >= 0).unsqueeze(1) if any_ignored else None
+    return rows * num_cols + labels[rows], exists
 
 
 def detection_average_precision(
-    scores: Tensor,
-    labels: Tensor,
-    *,
-    per_class: bool,
-    images: Optional[Tensor] = None,
-    num_images: int = 1,
+    scores: Tensor, labels: Tensor, ranking: Ranking
 ) -> Tensor:
     """Exact AP of each sequence of a detector's classification scores.
 
-    Args and order of the sequences are those of :func:`detection_ap_loss`.
+    Args:
+        scores: (N, C) floating-point tensor.
+        labels: (N,) int64 tensor, as for :func:`detection_ap_loss`.
+        ranking: What is ranked; its ``lambd`` is not used.
 
     Returns:
         (S,) tensor; NaN for a sequence without positives.
     """
     scores = at_least_float32(scores.detach())
-    seqs = _detection_sequences(scores, labels, per_class, images, num_images)
-    return sequence_average_precision(scores, seqs)
+    positives, exists = _detection(scores, labels, any_ignored=True)
+    return sequence_average_precision(scores, positives, exists, ranking)
 
 
 def detection_ap_loss(
     scores: Tensor,
     labels: Tensor,
+    rankings: Sequence[Ranking],
     *,
-    lambd: float,
-    per_class: bool,
-    images: Optional[Tensor] = None,
-    num_images: int = 1,
-) -> Tuple[Tensor, Tensor]:
+    margin: float = 0.0,
+    any_ignored: bool = True,
+) -> List[Tuple[Tensor, Tensor]]:
     """``1 - AP`` over the rows of a classifier, differentiated as a blackbox.
 
     The same loss and gradient as :func:`ap_loss` on the sequences spelled out as rows,
-    without building those rows. Values are not checked here: callers do it once for
-    all terms.
+    without building those rows, and for several rankings of the same scores at once.
+    Values are not checked here: callers do it once for all rankings.
 
     Args:
         scores: (N, C) floating-point tensor, one row per anchor or proposal and one
-            column per class, margin already applied.
+            column per class.
         labels: (N,) int64 tensor: 0..C-1 foreground, C or more background, negative
             for rows that do not exist.
-        lambd: Interpolation range λ > 0.
-        per_class: True ranks the rows of each class (paper, class-wise term), False
-            all (row, class) entries together (pooled term).
-        images: (N,) int64 tensor with values 0..num_images-1; rows are ranked only
-            against rows of the same image. ``None`` ranks all rows together.
-        num_images: Number of images.
+        rankings: What is ranked; see :class:`Ranking`.
+        margin: α >= 0; positives are lowered and negatives raised by half of it.
+        any_ignored: False promises that no label is negative, which saves a pass.
 
     Returns:
-        Tuple ``(losses, present)`` of shape (S,): the loss of each sequence, and True
-        where it has a positive. S is ``num_images``, times C with ``per_class``
-        (image-major).
+        For each ranking a tuple ``(losses, present)`` of shape (S,): the loss of each
+        sequence, and True where it has a positive.
 
     Example:
         >>> import torch
         >>> scores = torch.tensor([[0.9, 0.1], [0.2, 0.3], [0.4, 0.8]])
         >>> labels = torch.tensor([0, 1, 2])  # the last row is background
-        >>> losses, present = detection_ap_loss(
-        ...     scores, labels, lambd=0.5, per_class=True)
-        >>> losses, present
-        (tensor([0.0000, 0.5000]), tensor([True, True]))
+        >>> detection_ap_loss(scores, labels, [Ranking(0.5, per_class=True)])
+        [(tensor([0.0000, 0.5000]), tensor([True, True]))]
     """
     scores = at_least_float32(scores)
-    seqs = _detection_sequences(scores, labels, per_class, images, num_images)
-    return sequence_ap_loss(scores, seqs, float(lambd)), seqs.counts > 0
+    positives, exists = _detection(scores, labels, any_ignored)
+    return sequence_ap_loss(scores, positives, exists, rankings, margin)

@@ -10,6 +10,7 @@ from mmdet.registry import MODELS
 from torch import Tensor, nn
 
 from ..functional import (
+    Ranking,
     apply_margin,
     detection_ap_loss,
     detection_average_precision,
@@ -239,14 +240,8 @@ class RaMBOLoss(nn.Module):
         scores, labels, images = self._last
         result = {}
         for term in self.terms:
-            index, count = self._grouping(term, images)
-            values = detection_average_precision(
-                scores,
-                labels,
-                per_class=term.per_class,
-                images=index,
-                num_images=count,
-            )
+            ranking = self._ranking(term, images, None)
+            values = detection_average_precision(scores, labels, ranking)
             result[term.name] = torch.nan_to_num(values.nanmean())
         return result
 
@@ -307,8 +302,9 @@ class RaMBOLoss(nn.Module):
         num_classes = pred.size(1) - (self.scores == 'softmax')
         labels = target.long()
         ignored = None if weight is None else weight == 0
+        any_ignored = True
         if self.check_values:
-            self._check_values(pred, labels, ignored, num_classes)
+            any_ignored = self._check_values(pred, labels, ignored, num_classes)
         if ignored is not None:
             labels = labels.masked_fill(ignored, IGNORED)
 
@@ -322,23 +318,23 @@ class RaMBOLoss(nn.Module):
             if past is not None:
                 scores = torch.cat([scores, past[0].to(scores)])
                 labels = torch.cat([labels, past[1].to(labels)])
-        if self.margin:
+                any_ignored = True
+        fixed_margin = self.margin
+        if self.margin and self.margin_noise:
             classes = torch.arange(num_classes, device=labels.device)
             positive = labels.unsqueeze(1) == classes
-            scores = apply_margin(scores, positive, self.margin, self.margin_noise)
+            scores = apply_margin(scores, positive, self.margin, noise=True)
+            fixed_margin = 0.0
 
+        rankings = [
+            self._ranking(term, images, None if term.span == 'memory' else size)
+            for term in self.terms
+        ]
+        results = detection_ap_loss(
+            scores, labels, rankings, margin=fixed_margin, any_ignored=any_ignored
+        )
         loss = scores.new_zeros(())
-        for term in self.terms:
-            rows = slice(None) if term.span == 'memory' else slice(size)
-            index, count = self._grouping(term, images)
-            losses, present = detection_ap_loss(
-                scores[rows],
-                labels[rows],
-                lambd=term.lambd,
-                per_class=term.per_class,
-                images=index,
-                num_images=count,
-            )
+        for term, (losses, present) in zip(self.terms, results):
             loss = loss + term.weight * losses.sum() / present.sum().clamp(min=1)
         return self.loss_weight * loss
 
@@ -351,13 +347,13 @@ class RaMBOLoss(nn.Module):
             return pred.softmax(dim=1)[:, :-1]
         return pred
 
-    def _grouping(
-        self, term: _Term, images: Optional[Tuple[Tensor, int]]
-    ) -> Tuple[Optional[Tensor], int]:
-        """Return the image of each row and their number, for one term."""
-        if term.span != 'image':
-            return None, 1
-        if images is None:
+    def _ranking(
+        self, term: _Term, images: Optional[Tuple[Tensor, int]], rows: Optional[int]
+    ) -> Ranking:
+        """Return what one term ranks, among the first ``rows`` rows."""
+        if term.span == 'image':
+            if images is not None:
+                return Ranking(term.lambd, term.per_class, *images, rows)
             if not self._warned_about_images:
                 self._warned_about_images = True
                 warnings.warn(
@@ -368,8 +364,7 @@ class RaMBOLoss(nn.Module):
                     "'batch'",
                     stacklevel=3,
                 )
-            return None, 1
-        return images
+        return Ranking(term.lambd, term.per_class, num_rows=rows)
 
     def _check_shapes(
         self,
@@ -413,13 +408,22 @@ class RaMBOLoss(nn.Module):
         labels: Tensor,
         ignored: Optional[Tensor],
         num_classes: int,
-    ) -> None:
-        nan = torch.isnan(pred.detach())
+    ) -> bool:
+        """Raise on NaN and bad labels; return whether any row is ignored."""
+        pred = pred.detach()
         wrong = (labels < 0) | (labels > num_classes)
+        # The sum is NaN if an entry is; it may be for others' sake (inf - inf), so a
+        # closer look follows. One synchronisation for all three answers.
+        suspicious = pred.sum(dtype=torch.float32).isnan()
+        none = wrong.new_zeros(())
+        flags = torch.stack(
+            [suspicious, wrong.any(), none if ignored is None else ignored.any()]
+        ).tolist()
+        if not (flags[0] or flags[1]):
+            return bool(flags[2])
+        nan = torch.isnan(pred)
         if ignored is not None:
             nan, wrong = nan & ~ignored.unsqueeze(1), wrong & ~ignored
-        if not bool(nan.any() | wrong.any()):
-            return
         if bool(wrong.any()):
             raise ValueError(
                 'RaMBOLoss: target must hold labels 0..C-1 (foreground) and C '
@@ -427,11 +431,13 @@ class RaMBOLoss(nn.Module):
                 f'{labels[wrong].unique().tolist()}; check num_classes of the head and '
                 'the classes of the data set'
             )
-        raise ValueError(
-            f'RaMBOLoss: pred contains NaN ({int(nan.sum())} of {nan.numel()} '
-            'entries), which has no rank: training has diverged. Lower the learning '
-            'rate, clip gradients, or look for zero-area boxes in the data'
-        )
+        if bool(nan.any()):
+            raise ValueError(
+                f'RaMBOLoss: pred contains NaN ({int(nan.sum())} of {nan.numel()} '
+                'entries), which has no rank: training has diverged. Lower the '
+                'learning rate, clip gradients, or look for zero-area boxes in the data'
+            )
+        return bool(flags[2])
 
     # The score memory
 
