@@ -1,0 +1,44 @@
+"""The tables in the docs are what the tool prints of the results files."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+spec = importlib.util.spec_from_file_location(
+    'results_table', ROOT / 'tools' / 'results_table.py'
+)
+results_table = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(results_table)
+
+
+def test_table(tmp_path):
+    a, b = tmp_path / 'ce.json', tmp_path / 'rambo.json'
+    a.write_text(
+        json.dumps({'loss': 1.0, 'step': 20})
+        + '\n'
+        + json.dumps({'pascal_voc/mAP': 0.1234, 'step': 1})
+        + '\n'
+    )
+    b.write_text(json.dumps({'pascal_voc/mAP': 0.5, 'step': 2}) + '\n')
+    assert results_table.table([a, b]).splitlines() == [
+        '| AP50 after epoch | 1 | 2 |',
+        '| --- | ---: | ---: |',
+        '| ce | 12.3 |  |',
+        '| rambo |  | 50.0 |',
+    ]
+    a.write_text(json.dumps({'loss': 1.0}))
+    with pytest.raises(ValueError, match='holds no'):
+        results_table.table([a])
+
+
+@pytest.mark.parametrize(
+    'folder', sorted(p for p in (ROOT / 'docs' / 'results').iterdir() if p.is_dir())
+)
+def test_docs_show_what_the_files_hold(folder):
+    files = sorted(folder.glob('*.json'))
+    assert files
+    page = (ROOT / 'docs' / 'results' / 'README.md').read_text(encoding='utf-8')
+    assert results_table.table(files) in page
