@@ -22,10 +22,12 @@ if find_spec('mmdet') is not None:
         RaMBOShared2FCBBoxHead,
         RaMBOShared4Conv1FCBBoxHead,
     )
+    from .hooks import LambdScheduleHook
     from .losses import RaMBOLoss
 
     allow_mmengine_checkpoints()
     __all__ += [
+        'LambdScheduleHook',
         'RaMBOBBoxHeadMixin',
         'RaMBOConvFCBBoxHead',
         'RaMBOLoss',

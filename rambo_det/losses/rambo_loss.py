@@ -186,6 +186,8 @@ class RaMBOLoss(nn.Module):
         self.use_sigmoid = use_sigmoid
         self.loss_weight = _number('loss_weight', loss_weight)
         self.check_values = bool(check_values)
+        # Set by LambdScheduleHook, from the iteration alone: no state to be saved.
+        self.lambd_factor = 1.0
         self._fills_memory = memory > 0 and any(t.span == 'memory' for t in self.terms)
         self._memory: Deque[Tuple[Tensor, Tensor]] = deque(maxlen=memory)
         self._images: Optional[Tuple[Tensor, int]] = None
@@ -351,9 +353,10 @@ class RaMBOLoss(nn.Module):
         self, term: _Term, images: Optional[Tuple[Tensor, int]], rows: Optional[int]
     ) -> Ranking:
         """Return what one term ranks, among the first ``rows`` rows."""
+        lambd = term.lambd * self.lambd_factor
         if term.span == 'image':
             if images is not None:
-                return Ranking(term.lambd, term.per_class, *images, rows)
+                return Ranking(lambd, term.per_class, *images, rows)
             if not self._warned_about_images:
                 self._warned_about_images = True
                 warnings.warn(
@@ -364,7 +367,7 @@ class RaMBOLoss(nn.Module):
                     "'batch'",
                     stacklevel=3,
                 )
-        return Ranking(term.lambd, term.per_class, num_rows=rows)
+        return Ranking(lambd, term.per_class, num_rows=rows)
 
     def _check_shapes(
         self,
