@@ -121,7 +121,8 @@ def test_voc07_is_the_first_half_of_the_baseline():
 )
 def test_twins_differ_in_the_loss_alone(rambo):
     found = differences(load(rambo.replace('_rambo_', '_ce_')), load(rambo))
-    assert found - LOSS == set()
+    # The demo also has a schedule of the loss' lambda.
+    assert found - LOSS == ({'custom_hooks'} if rambo.startswith('demo') else set())
 
 
 @pytest.mark.parametrize(

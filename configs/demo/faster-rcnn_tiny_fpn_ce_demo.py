@@ -14,3 +14,4 @@ model = dict(
         )
     )
 )
+custom_hooks = []

@@ -41,7 +41,15 @@ model = dict(
             in_channels=48,
             fc_out_channels=256,
             num_classes=len(classes),
-            loss_cls=dict(_delete_=True, type='RaMBOLoss'),
+            # In a training this short, scores change too fast for a memory.
+            loss_cls=dict(
+                _delete_=True,
+                type='RaMBOLoss',
+                lambd=0.3,
+                loss_weight=10.0,
+                class_ap=dict(span='batch'),
+                pooled_ap=dict(span='batch'),
+            ),
         ),
     ),
     train_cfg=dict(
@@ -127,4 +135,7 @@ default_hooks = dict(
     logger=dict(interval=20),
     checkpoint=dict(interval=max_epochs),
 )
+# From random weights every positive has to teach features, which takes a large
+# lambda; the top of the list, where AP is decided, takes a small one.
+custom_hooks = [dict(type='LambdScheduleHook', start=333.0)]
 randomness = dict(seed=0)
