@@ -317,6 +317,16 @@ def test_autocast_does_not_change_the_ranks():
     assert inside == loss_cls(pred, target)
 
 
+def test_compiled_modules_can_use_the_loss():
+    linear = torch.nn.Linear(8, 3)
+    loss_cls = RaMBOLoss(lambd=5.0, pooled_ap=dict(span='batch'))
+    compiled = torch.compile(lambda x, y: loss_cls(linear(x), y), backend='eager')
+    for rows in (20, 21):  # another shape makes dynamo try dynamic ones
+        loss = compiled(torch.randn(rows, 8), torch.arange(rows) % 4)
+        loss.backward()
+    assert linear.weight.grad.abs().sum() > 0
+
+
 # Images
 
 

@@ -375,13 +375,6 @@ class _SequenceAPLoss(torch.autograd.Function):
         return result, None
 
 
-def _not_compiled(function: Any) -> Any:
-    """Keep ``torch.compile`` out: it gains nothing on shapes that change each step."""
-    compiler = getattr(torch, 'compiler', None)
-    return function if compiler is None else compiler.disable(function)
-
-
-@_not_compiled
 def sequence_ap_loss(
     scores: Tensor,
     positives: Tensor,

@@ -3,7 +3,7 @@
 import warnings
 from collections import deque
 from contextlib import contextmanager
-from typing import Any, Deque, Dict, Iterator, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Deque, Dict, Iterator, NamedTuple, Optional, Tuple
 
 import torch
 from mmdet.registry import MODELS
@@ -80,6 +80,12 @@ def _parse_term(
     own = spec.get('lambd')
     lambd = lambd if own is None else _number(f'{name}.lambd', own, positive=True)
     return _Term(name, weight, spec['span'], lambd) if weight else None
+
+
+def _not_compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keep ``torch.compile`` out of a function: its shapes change with every batch."""
+    compiler = getattr(torch, 'compiler', None)  # since PyTorch 2.1
+    return function if compiler is None else compiler.disable(function)
 
 
 @MODELS.register_module()
@@ -272,6 +278,7 @@ class RaMBOLoss(nn.Module):
         finally:
             self._images = outer
 
+    @_not_compiled
     def forward(
         self,
         pred: Tensor,
