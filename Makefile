@@ -22,7 +22,7 @@ ARGS ?=
 
 help:
 	@echo 'make setup   make the environment ($(VENV)); the first time compiles mmcv, about 10 minutes'
-	@echo 'make demo    train and compare the losses on generated images'
+	@echo 'make demo    train a small detector on generated images and draw what it finds'
 	@echo 'make test    run the tests and the examples in the docstrings'
 	@echo 'make check   check format, lint and types'
 	@echo 'make clean   delete the environments and build products; keeps results and the compiled wheels'
