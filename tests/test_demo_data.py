@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections import Counter
 from pathlib import Path
@@ -40,6 +41,23 @@ def test_same_arguments_give_the_same_bytes(data, tmp_path):
     make_demo_voc.generate(tmp_path / 'other', TRAIN, TEST, SIZE, seed=4)
     assert make_demo_voc.digest(tmp_path / 'again') == make_demo_voc.digest(data)
     assert make_demo_voc.digest(tmp_path / 'other') != make_demo_voc.digest(data)
+
+
+def test_the_default_scenes_are_those_of_this_version():
+    """Elsewhere too; where this fails on purpose, VERSION has to grow.
+
+    Before compression, since another JPEG library may round in another way.
+    """
+    state = hashlib.sha256()
+    for split in make_demo_voc.SPLITS:
+        for image, objects in make_demo_voc.iter_scenes(split, 20, (160, 128), 0):
+            state.update(image.tobytes())
+            for obj in objects:
+                state.update(repr((obj.name, obj.box, obj.difficult)).encode())
+    assert make_demo_voc.VERSION == 1
+    assert state.hexdigest() == (
+        'a9343d4cd162c9967eb23218de064d95f4a85836257466ce5d5913c14ac24839'
+    )
 
 
 def test_scenes_do_not_depend_on_how_many_follow():
