@@ -1,5 +1,5 @@
 _base_ = [
-    './faster-rcnn_mobilenetv2_fpn_rambo_4e_voc-subset.py',
+    './faster-rcnn_mobilenetv2_fpn_rambo_5e_voc-subset.py',
     '../_base_/rambo_paper.py',
 ]
 

@@ -1,4 +1,4 @@
-# PASCAL VOC layout, images of about 320 pixels. Unlike in mmdet's VOC base there is no
+# PASCAL VOC layout, images of about 224 pixels. Unlike in mmdet's VOC base there is no
 # bbox_min_size: it turns small objects into ignored ones in training while the test
 # counts them.
 dataset_type = 'VOCDataset'
@@ -10,13 +10,13 @@ train_pipeline = [
     dict(type='LoadAnnotations', with_bbox=True),
     # A box without area, as real data has, makes the box loss NaN.
     dict(type='FilterAnnotations', min_gt_bbox_wh=(0, 0), keep_empty=False),
-    dict(type='Resize', scale=(320, 320), keep_ratio=True),
+    dict(type='Resize', scale=(224, 224), keep_ratio=True),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(320, 320), keep_ratio=True),
+    dict(type='Resize', scale=(224, 224), keep_ratio=True),
     # Loaded after the resize: the test compares boxes of the original size.
     dict(type='LoadAnnotations', with_bbox=True),
     dict(

@@ -1,6 +1,6 @@
 _base_ = './schedule_6e_cpu.py'
 
-max_epochs = 4
+max_epochs = 5
 train_cfg = dict(max_epochs=max_epochs, val_interval=2)
 param_scheduler = [
     _base_.param_scheduler[0],
