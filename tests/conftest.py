@@ -1,7 +1,9 @@
-"""Settings of the property tests."""
+"""Settings of the property tests, and the same random numbers in every run."""
 
 import os
 
+import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 # A slow machine is no failure; neither is dropping drawn cases in which rounding
@@ -13,3 +15,8 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 settings.load_profile('rambo_det')
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

@@ -13,8 +13,8 @@ from .average_precision import (
     detection_ap_loss,
     detection_average_precision,
 )
-from .engine import Ranking
 from .ranking import blackbox_rank, rank
+from .sequences import Ranking
 
 __all__ = [
     'Ranking',

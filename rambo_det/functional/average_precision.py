@@ -13,7 +13,8 @@ from .checks import (
     check_positive,
     check_scores,
 )
-from .engine import Ranking, sequence_ap_loss, sequence_average_precision
+from .engine import sequence_ap_loss, sequence_average_precision
+from .sequences import Ranking
 
 
 def apply_margin(
