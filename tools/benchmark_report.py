@@ -36,7 +36,8 @@ def table(case: dict[str, Any]) -> str:
     """Return the table of a case."""
     gpu = any('host_syncs' in result for result in case['rivals'].values())
     head = ['forward + backward', 'median, ms', 'quartiles', '× sort', '× FocalLoss']
-    head += ['extra memory, × logits', 'runs'] + ['host syncs'] * gpu
+    head += ['after another, ms', 'extra memory, × logits', 'runs']
+    head += ['host syncs'] * gpu
     lines = [head]
     for name, result in case['rivals'].items():
         if 'note' in result:
@@ -47,6 +48,7 @@ def table(case: dict[str, Any]) -> str:
         lines.append(
             [name, ms[0], f'{ms[1]}–{ms[2]}']
             + ['' if value is None else f'{value:.3g}' for value in ratios]
+            + [f'{1e3 * result["first"]:.3g}']
             + [f'{result["extra_memory"]:.2f}', str(len(result['times']))]
             + [str(result.get('host_syncs', ''))] * gpu
         )
