@@ -172,6 +172,10 @@ class Plan:
         if checkpoint:
             command += ['--resume', checkpoint]
         options = [*self.options, f'randomness.seed={self.seed}']
+        hook = (self.candidate.cfg.get('default_hooks') or {}).get('checkpoint') or {}
+        if hook.get('max_keep_ckpts') == 1:
+            # It deletes the old one first: stopped in between, nothing would be left.
+            options.append('default_hooks.checkpoint.max_keep_ckpts=2')
         return [*map(str, command), '--cfg-options', *options]
 
     def test_command(self) -> list[str]:

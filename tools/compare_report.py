@@ -202,13 +202,17 @@ def table(comparison: Mapping[str, Any], groups: Groups) -> str:
         rows.append([names[stem], str(len(records)), *cells, *differences])
     baseline = next(iter(groups))
     images = next(iter(groups[baseline].values()))['images']
-    return (
-        '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
-        + f'\n\nIn percent, on {images} test images; mean ± standard deviation over '
-        f'seeds. AP50 is that of VOC (area), AP that of COCO. Δ is the difference to '
-        f'`{names[baseline]}` with the same seeds; its interval is a paired bootstrap '
-        f'over images and seeds, {comparison["resamples"]} resamples.'
+    note = (
+        f'In percent, on {images} test images; mean ± standard deviation over seeds. '
+        'AP50 is that of VOC (area), AP that of COCO.'
     )
+    if len(groups) > 1:
+        note += (
+            f' Δ is the difference to `{names[baseline]}` with the same seeds; its '
+            'interval is a paired bootstrap over images and seeds, '
+            f'{comparison["resamples"]} resamples.'
+        )
+    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows) + f'\n\n{note}'
 
 
 def split_page(path: Path, name: str) -> tuple[str, str]:
@@ -248,13 +252,14 @@ def _series(record: Mapping[str, Any], key: str) -> tuple[list[int], list[float]
     return [epoch for epoch, _ in points], [value for _, value in points]
 
 
-def _draw_training(axis: Any, groups: Groups, key: str) -> None:
+def _draw_training(axis: Any, groups: Groups, key: str, scale: float = 1.0) -> None:
     """Draw a value by epoch, thin for each seed and thick for the mean."""
     for place, records in enumerate(groups.values()):
         colour = f'C{place % 10}'
         by_epoch: dict[int, list[float]] = {}
         for record in records.values():
             epochs, values = _series(record, key)
+            values = [scale * value for value in values]
             axis.plot(epochs, values, color=colour, lw=0.8, alpha=0.5)
             for epoch, value in zip(epochs, values):
                 by_epoch.setdefault(epoch, []).append(value)
@@ -277,16 +282,22 @@ def plot(groups: Groups, path: str | Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(12.5, 4.4), layout='constrained')
-    _draw_training(axes[0], groups, 'val_ap50')
-    axes[0].set_title('AP50 during training', fontsize=10)
+    _draw_training(axes[0], groups, 'val_ap50', scale=100)
+    axes[0].set_title('AP50 during training, percent', fontsize=10)
     _draw_training(axes[1], groups, 'loss_cls')
     axes[1].set_yscale('log')
+    for formatter in (
+        axes[1].yaxis.set_major_formatter,
+        axes[1].yaxis.set_minor_formatter,
+    ):
+        formatter('{x:g}')
     axes[1].set_title('loss_cls, mean of the epoch', fontsize=10)
     names = short_names(list(groups))
     for place, (stem, records) in enumerate(groups.items()):
         curves = [record['pr_curve'] for record in records.values()]
         mean = np.mean([record['ap50'] for record in records.values()])
-        label = f'{names[stem]}: AP50 {100 * mean:.1f} ({len(curves)} seeds)'
+        seeds = f'{len(curves)} seed{"s" * (len(curves) > 1)}'
+        label = f'{names[stem]}: AP50 {100 * mean:.1f} ({seeds})'
         colour = f'C{place % 10}'
         for curve in curves:
             axes[2].plot(RECALLS, curve, color=colour, lw=0.8, alpha=0.5)
