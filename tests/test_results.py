@@ -34,9 +34,27 @@ def test_table(tmp_path):
         results_table.table([a])
 
 
-@pytest.mark.parametrize(
-    'folder', sorted(p for p in (ROOT / 'docs' / 'results').iterdir() if p.is_dir())
-)
+FOLDERS = sorted(p for p in (ROOT / 'docs' / 'results').iterdir() if p.is_dir())
+COMPARED = [folder for folder in FOLDERS if (folder / 'comparison.json').exists()]
+
+
+@pytest.mark.parametrize('folder', COMPARED)
+def test_docs_show_what_was_compared(folder, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    import compare_report
+
+    comparison, groups = compare_report.read_comparison(folder)
+    name = comparison['name']
+    pages = [ROOT / 'README.md', *(ROOT / 'docs').rglob('*.md')]
+    texts = [page.read_text(encoding='utf-8') for page in pages]
+    texts = [text for text in texts if f'<!-- compare {name} -->' in text]
+    assert texts, f'no page shows the comparison {name}'
+    for text in texts:
+        shown = text.split(f'<!-- compare {name} -->')[1].split(f'<!-- end {name} -->')
+        assert shown[0].strip() == compare_report.table(comparison, groups)
+
+
+@pytest.mark.parametrize('folder', sorted({*FOLDERS} - {*COMPARED}))
 def test_docs_show_what_the_files_hold(folder):
     files = sorted(folder.glob('*.json'))
     assert files
