@@ -47,7 +47,7 @@ class ImageRois:
 
     Attributes:
         boxes: (N, 4) in pixels of the network's input.
-        features: (N, C, H, W), what the box head gets.
+        features: (N, C, H, W), what the box head gets; float16 in a table.
         object_boxes: (M, 4). In a training table the object matched to each positive;
             the positives are the first M RoIs. In a validation table the objects of
             the image, in pixels of the file.
@@ -160,8 +160,7 @@ class RoiTable:
             name: torch.from_numpy(array[objects if 'object' in name else rows].copy())
             for name, array in self._arrays.items()
         }
-        # A copy as float32: what the head computes with, and writable.
-        features = torch.from_numpy(self.features[rows].astype(np.float32))
+        features = torch.from_numpy(np.array(self.features[rows]))
         return ImageRois(features=features, meta=self.metas[index], **values)
 
 
