@@ -304,7 +304,8 @@ def collect_settings(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     register_all_modules()
-    MMLogger.get_instance('ablate_head', log_level='WARNING')
+    if not MMLogger.check_instance_created('ablate_head'):
+        MMLogger.get_instance('ablate_head', log_level='WARNING')
     cfg = Config.fromfile(args.config)
     try:
         settings = collect_settings(args)

@@ -179,7 +179,7 @@ def _offsets(images: list[ImageRois]) -> Iterator[int]:
 # Training and evaluation
 
 
-def _optim_wrapper(head: Any, config: dict[str, Any]) -> Any:
+def build_optimizer(head: Any, config: dict[str, Any]) -> Any:
     """The config's optimiser, where it can, in one pass over the weights.
 
     With one thread AdamW's separate operations take as long as forward and backward.
@@ -322,7 +322,7 @@ def train_head(
     start = time.perf_counter()
     set_random_seed(seed)
     head = build_head(definition['bbox_head']).to(device)
-    wrapper = _optim_wrapper(head, definition['optim_wrapper'])
+    wrapper = build_optimizer(head, definition['optim_wrapper'])
     epochs, size = definition['epochs'], definition['batch_size']
     count = len(cache.train[0])
     steps = -(-count // size)
@@ -346,15 +346,14 @@ def train_head(
                     if diagnosis
                     else head_losses(head, images, definition['train_cfg'])
                 )
-            wrapper.update_params(total(losses))
+            loss = total(losses)
+            wrapper.update_params(loss)
             for scheduler in schedule:
                 if not scheduler.by_epoch:
                     scheduler.step()
             for key, value in losses.items():
-                sums[key] = sums.get(key, 0.0) + float(value) / len(order)
-            progress.step(
-                f', epoch {epoch + 1}, loss_cls {sums.get("loss_cls", 0):.3f}'
-            )
+                sums[key] = sums.get(key, 0.0) + float(value.detach())
+            progress.step(f', epoch {epoch + 1}, loss {float(loss.detach()):.3f}')
         for scheduler in schedule:
             if scheduler.by_epoch:
                 scheduler.step()

@@ -401,13 +401,14 @@ def _check_origin(folder: Path, expected: dict[str, Any]) -> None:
         )
 
 
-def _clear(folder: Path) -> None:
-    """Delete a cache, and nothing else that may lie in its folder."""
+def _clear(folder: Path) -> bool:
+    """Delete a cache, and nothing else in its folder; return whether there was one."""
     if not (folder / 'cache.json').is_file():
-        return
+        return False
     for path in [folder / 'val', *folder.glob('train[0-9]*')]:
         shutil.rmtree(path, ignore_errors=True)
     (folder / 'cache.json').unlink()
+    return True
 
 
 def open_cache(
@@ -437,9 +438,8 @@ def open_cache(
         ValueError: If the folder holds something else, or an argument is not possible.
     """
     made_from = origin(cfg, checkpoint, val_images, seed)
-    if rebuild:
-        _clear(folder)
-    _check_origin(folder, made_from)
+    if not (rebuild and _clear(folder)):
+        _check_origin(folder, made_from)
     names = ['val', *(f'train{index}' for index in range(samples))]
     missing = [name for name in names if not (folder / name / 'table.json').is_file()]
     if missing:
