@@ -180,7 +180,7 @@ def test_logits_are_those_of_the_whole_detector(root, cfg, cache):
     expected, _ = model.roi_head.forward(x, proposals, data['data_samples'])
     found, _ = head(image.features.float())
     assert expected.std() > 0.1
-    assert torch.allclose(found, expected, atol=0.01 * float(expected.std()))
+    assert torch.allclose(found, expected, atol=0.01 * expected.std().item())
 
 
 @pytest.mark.parametrize('loss', [None, RAMBO])
@@ -394,6 +394,8 @@ def test_settings_from_the_command_line():
 def test_unknown_keys_are_named(cfg):
     with pytest.raises(ValueError, match="setting 'a' must .* got .*'learning_rate'"):
         ablate_head.resolve(cfg, 'a', dict(learning_rate=1))
+    with pytest.raises(ValueError, match="epochs of setting 'a' must be .* got 0 and"):
+        ablate_head.resolve(cfg, 'a', dict(epochs=0))
 
 
 def test_a_setting_file_without_settings_is_refused(tmp_path):

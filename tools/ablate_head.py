@@ -143,8 +143,14 @@ def resolve(cfg: Config, name: str, setting: dict[str, Any]) -> dict[str, Any]:
         head.type = own
     if 'lr' in setting:
         wrapper.optimizer.lr = setting['lr']
-    full = cfg.train_cfg.max_epochs
+    full = cfg.train_cfg.get('max_epochs')
     epochs = setting.get('epochs', full)
+    if not full or not isinstance(epochs, int) or epochs < 1:
+        raise ValueError(
+            f'ablate_head: epochs of setting {name!r} must be an integer > 0, and the '
+            f'config must train by epochs, got {epochs!r} and train_cfg.max_epochs = '
+            f'{full!r}'
+        )
     inherited = None if 'loss_cls' in setting else _inherited_schedule(cfg)
     definition = dict(
         bbox_head=head.to_dict(),

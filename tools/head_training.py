@@ -120,7 +120,11 @@ class Diagnosis:
     def logit_gradients(
         self, outputs: tuple[Tensor, Tensor], images: list[ImageRois]
     ) -> dict[str, Tensor]:
-        """The gradient of the logits by part of the loss, at the same margins."""
+        """The gradient of the logits by part of the loss, at the same margins.
+
+        A zero for a positive means that it is taught nothing: that λ does not reach
+        the next negative, or that none is above it.
+        """
         loss, result = self.head.loss_cls, {}
         state = loss.get_extra_state() if isinstance(loss, RaMBOLoss) else None
         for name, part in self.parts.items():
@@ -131,7 +135,7 @@ class Diagnosis:
             leaf = outputs[0].detach().requires_grad_()
             self.head.loss_cls = part
             try:
-                with torch.random.fork_rng(devices=[]):
+                with torch.random.fork_rng():
                     losses = losses_of_outputs(
                         self.head, (leaf, outputs[1].detach()), images, self.train_cfg
                     )
