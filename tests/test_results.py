@@ -7,11 +7,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location(
-    'results_table', ROOT / 'tools' / 'results_table.py'
-)
-results_table = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(results_table)
+RESULTS = ROOT / 'docs' / 'results'
+
+
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / 'tools' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+results_table = load_tool('results_table')
+benchmark_report = load_tool('benchmark_report')
 
 
 def test_table(tmp_path):
@@ -60,3 +67,14 @@ def test_docs_show_what_the_files_hold(folder):
     assert files
     page = (ROOT / 'docs' / 'results' / 'README.md').read_text(encoding='utf-8')
     assert results_table.table(files) in page
+
+
+def test_benchmark_page_shows_what_the_files_hold():
+    files = [
+        json.loads((RESULTS / f'{name}.json').read_text(encoding='utf-8'))
+        for name in ('benchmark', 'benchmark-profile')
+    ]
+    page = (ROOT / 'docs' / 'benchmark.md').read_text(encoding='utf-8')
+    assert benchmark_report.text(files[0]) in page
+    operators = files[1]['cases']['roi']['operators']
+    assert benchmark_report.operators_section('roi', operators) in page

@@ -60,6 +60,21 @@ def case_section(label: str, case: dict[str, Any]) -> str:
     return f'\n{label}: {size}; threads: {case["threads"]}\n\n{table(case)}'
 
 
+def operators_section(label: str, rows: list[tuple[str, float, float]]) -> str:
+    """Return what takes the time of one call of our loss, from the profiler."""
+    total = sum(row[2] for row in rows)
+    small = [row for row in rows if row[2] / row[1] < 10]
+    lines = [['operator', 'calls', 'µs', 'share']]
+    for name, calls, time in rows[:12]:
+        lines.append([name, f'{calls:g}', f'{time:.0f}', f'{time / total:.0%}'])
+    return (
+        f'\n{label}: {sum(row[1] for row in rows):.0f} operators in one call of our '
+        f'loss, {sum(row[1] for row in small):.0f} of them shorter than 10 µs and '
+        f'together {sum(row[2] for row in small) / total:.0%} of the time (under the '
+        f'profiler)\n\n{markdown(lines, "---")}'
+    )
+
+
 def sweep_size(point: dict[str, Any], key: str) -> int:
     return point['positives'] if key == 'p' else point['rows'] * point['classes']
 
@@ -188,7 +203,10 @@ def environment_section(env: dict[str, Any]) -> str:
 def text(report: dict[str, Any]) -> str:
     """Return all of it as Markdown."""
     sections = [environment_section(report['environment'])]
-    sections += [case_section(*item) for item in report['cases'].items()]
+    for label, case in report['cases'].items():
+        sections.append(case_section(label, case))
+        if 'operators' in case:
+            sections.append(operators_section(label, case['operators']))
     for key, points in report['sweeps'].items():
         sections.append(sweep_section(key, points, report['share']))
     return '\n'.join([*sections, targets_section(report)])

@@ -1,5 +1,5 @@
-# The cheaper one, for many runs on a CPU: images of about 224 pixels, no level of stride
-# 4, the first three stages frozen, half the RoIs.
+# The cheaper one, for many runs on a CPU: images of about 224 pixels, no level of
+# stride 4, the first three stages frozen, half the RoIs.
 _base_ = './faster-rcnn_mobilenetv2_fpn.py'
 
 model = dict(
