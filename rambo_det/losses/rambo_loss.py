@@ -18,13 +18,13 @@ from ..functional import (
 
 _SPANS = {
     'class_ap': ('memory', 'batch', 'image'),
-    'pooled_ap': ('batch', 'image'),
+    'pooled_ap': ('batch', 'image', 'row'),
 }
 _DEFAULTS = {
     'class_ap': dict(weight=2 / 3, span='memory'),
     'pooled_ap': dict(weight=1 / 3, span='image'),
 }
-_SCORES = ('logits', 'sigmoid', 'softmax')
+_SCORES = ('logits', 'sigmoid', 'softmax', 'log_softmax')
 IGNORED = -1
 
 
@@ -103,7 +103,8 @@ class RaMBOLoss(nn.Module):
     A term's ``span`` says which rows meet in one sequence: those of each ``'image'``,
     of the ``'batch'``, or of the batch and the last ``memory`` steps (``'memory'``,
     class-wise term only). Which rows belong to which image the heads of this package
-    tell; in a stock head 'image' means the batch.
+    tell; in a stock head 'image' means the batch. 'row' (pooled term only) ranks the
+    classes of each row against each other.
 
     Args:
         lambd (float): λ of Algorithm 1 for terms without one of their own: how far
@@ -114,8 +115,10 @@ class RaMBOLoss(nn.Module):
             drawn anew every step. Defaults to True.
         memory (int): τ, the number of past steps whose scores also count in spans
             'memory', without gradient; 0 for none. Defaults to 7.
-        scores (str): What is ranked: 'logits', 'sigmoid' or 'softmax'. With 'softmax'
-            the classifier has a background column, else one column per class.
+        scores (str): What is ranked: 'logits', 'sigmoid', 'softmax' or 'log_softmax'.
+            With the last two the classifier has a background column, else one column
+            per class; they order alike, and the logarithm keeps a gradient where a
+            probability is nearly 0.
         class_ap (dict, optional): ``dict(weight, span, lambd)`` of the class-wise term,
             with span 'memory', 'batch' or 'image'. Missing keys take the default,
             weight 2/3, span 'memory' and the loss' ``lambd``. ``None`` or weight 0
@@ -123,7 +126,7 @@ class RaMBOLoss(nn.Module):
         pooled_ap (dict, optional): The same for the pooled term, with span 'batch' or
             'image'. Defaults to weight 1/3 and span 'image'.
         use_sigmoid (bool): Read by mmdet's heads: True means one column per class.
-            False only, and always, with ``scores='softmax'``. Defaults to True.
+            False only, and always, with softmax and log_softmax. Defaults to True.
         loss_weight (float): Factor on the whole loss. Defaults to 1.0.
         check_values (bool): Whether to look for NaN and for labels out of range in
             each step, at the cost of a device synchronisation. Defaults to True.
@@ -164,10 +167,11 @@ class RaMBOLoss(nn.Module):
             raise ValueError(
                 f'RaMBOLoss: scores must be one of {_SCORES}, got {scores!r}'
             )
-        if use_sigmoid == (scores == 'softmax'):
+        has_background = scores in ('softmax', 'log_softmax')
+        if use_sigmoid == has_background:
             raise ValueError(
                 f'RaMBOLoss: scores={scores!r} needs use_sigmoid='
-                f'{scores != "softmax"}, got {use_sigmoid}: mmdet heads read '
+                f'{not has_background}, got {use_sigmoid}: mmdet heads read '
                 'use_sigmoid to decide whether the classifier has a background column'
             )
         if isinstance(memory, bool) or not isinstance(memory, int) or memory < 0:
@@ -179,6 +183,7 @@ class RaMBOLoss(nn.Module):
         self.margin_noise = bool(margin_noise)
         self.memory = memory
         self.scores = scores
+        self.has_background = has_background
         parsed = (
             _parse_term('class_ap', class_ap, self.lambd),
             _parse_term('pooled_ap', pooled_ap, self.lambd),
@@ -217,7 +222,7 @@ class RaMBOLoss(nn.Module):
 
     def get_cls_channels(self, num_classes: int) -> int:
         """Return the number of outputs of the classifier for C classes."""
-        return num_classes + 1 if self.scores == 'softmax' else num_classes
+        return num_classes + self.has_background
 
     def get_activation(self, cls_score: Tensor) -> Tensor:
         """Turn logits into test scores for a RoI head.
@@ -228,7 +233,7 @@ class RaMBOLoss(nn.Module):
         Returns:
             Tensor: Scores of shape (N, C + 1); RoI heads drop the last column.
         """
-        if self.scores == 'softmax':
+        if self.has_background:
             return cls_score.softmax(dim=-1)
         return nn.functional.pad(cls_score.sigmoid(), (0, 1))
 
@@ -248,7 +253,7 @@ class RaMBOLoss(nn.Module):
         scores, labels, images = self._last
         result = {}
         for term in self.terms:
-            ranking = self._ranking(term, images, None)
+            ranking = self._ranking(term, labels, images)
             values = detection_average_precision(scores, labels, ranking)
             result[term.name] = torch.nan_to_num(values.nanmean())
         return result
@@ -308,7 +313,7 @@ class RaMBOLoss(nn.Module):
                 contains NaN, or ``reduction_override`` is 'none' or unknown.
         """
         self._check_shapes(pred, target, weight, reduction_override)
-        num_classes = pred.size(1) - (self.scores == 'softmax')
+        num_classes = pred.size(1) - self.has_background
         labels = target.long()
         ignored = None if weight is None else weight == 0
         any_ignored = True
@@ -320,7 +325,6 @@ class RaMBOLoss(nn.Module):
         scores = self._ranked_scores(pred)
         images = self._images
         self._last = (scores.detach(), labels, images)
-        size = scores.size(0)
         if self.training and self._fills_memory:
             past = self._recall(num_classes)
             self._memory.append((scores.detach(), labels.detach()))
@@ -335,10 +339,7 @@ class RaMBOLoss(nn.Module):
             scores = apply_margin(scores, positive, self.margin, noise=True)
             fixed_margin = 0.0
 
-        rankings = [
-            self._ranking(term, images, None if term.span == 'memory' else size)
-            for term in self.terms
-        ]
+        rankings = [self._ranking(term, self._last[1], images) for term in self.terms]
         results = detection_ap_loss(
             scores, labels, rankings, margin=fixed_margin, any_ignored=any_ignored
         )
@@ -354,13 +355,19 @@ class RaMBOLoss(nn.Module):
             return pred.sigmoid()
         if self.scores == 'softmax':
             return pred.softmax(dim=1)[:, :-1]
+        if self.scores == 'log_softmax':
+            return pred.log_softmax(dim=1)[:, :-1]
         return pred
 
     def _ranking(
-        self, term: _Term, images: Optional[Tuple[Tensor, int]], rows: Optional[int]
+        self, term: _Term, labels: Tensor, images: Optional[Tuple[Tensor, int]]
     ) -> Ranking:
-        """Return what one term ranks, among the first ``rows`` rows."""
+        """Return what one term ranks; ``labels`` are those of this step's rows."""
         lambd = term.lambd * self.lambd_factor
+        rows = None if term.span == 'memory' else len(labels)
+        if term.span == 'row':
+            index = torch.arange(len(labels), device=labels.device)
+            return Ranking(lambd, term.per_class, index, len(labels), rows)
         if term.span == 'image':
             if images is not None:
                 return Ranking(lambd, term.per_class, *images, rows)
@@ -389,7 +396,7 @@ class RaMBOLoss(nn.Module):
                 "possible: a ranking has no loss per row. Use None, 'mean' or 'sum' "
                 '(the same here)'
             )
-        least = 2 if self.scores == 'softmax' else 1
+        least = 1 + self.has_background
         if not pred.is_floating_point():
             raise TypeError(f'RaMBOLoss: pred must be floating point, got {pred.dtype}')
         if pred.dim() != 2 or pred.size(1) < least:
