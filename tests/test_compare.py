@@ -754,6 +754,18 @@ def test_results_of_another_config_are_refused_before_anything_is_trained(
     assert fakes.steps() == []
 
 
+def test_where_only_the_test_changed_nothing_is_trained_again(fakes, tmp_path):
+    path = variant(tmp_path, '', 'net_ce_demo.py')
+    fakes.main(configs=[path])
+    fakes.steps()
+    text = 'model = dict(test_cfg=dict(rcnn=dict(score_thr=0.001)))'
+    variant(tmp_path, text, 'net_ce_demo.py')
+    fakes.main(configs=[path])
+    assert fakes.steps() == [('ce', 'test', '')]
+    fakes.main(configs=[path])
+    assert fakes.steps() == []
+
+
 def test_a_checkpoint_of_unknown_origin_is_refused(fakes):
     folder = fakes.folder(CE)
     folder.mkdir(parents=True)

@@ -66,7 +66,7 @@ def reference(scores, labels, lambd, per_class, images=None):
     classes=st.integers(1, 4),
     num_images=st.integers(1, 3),
     spans=st.tuples(
-        st.sampled_from(['batch', 'image']), st.sampled_from(['batch', 'image'])
+        st.sampled_from(['batch', 'image']), st.sampled_from(['batch', 'image', 'row'])
     ),
     weights=st.tuples(st.sampled_from([0.0, 0.5, 3.0]), st.sampled_from([1.0, 2.0])),
     lambdas=st.tuples(st.floats(0.05, 50), st.floats(0.05, 50)),
@@ -99,7 +99,7 @@ def test_weighted_mean_of_sequences(
     for term_weight, span, lambd, per_class in zip(
         weights, spans, lambdas, (True, False)
     ):
-        groups = images if span == 'image' else None
+        groups = {'image': images, 'row': range(rows), 'batch': None}[span]
         try:
             value, grad = reference(pred.detach(), labels, lambd, per_class, groups)
         except RoundingDecidesError:
@@ -111,11 +111,11 @@ def test_weighted_mean_of_sequences(
     torch.testing.assert_close(pred.grad, gradient, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize('scores', ['sigmoid', 'softmax'])
+@pytest.mark.parametrize('scores', ['sigmoid', 'softmax', 'log_softmax'])
 def test_activated_scores_are_ranked(scores):
     """The chain rule through the activation multiplies Algorithm 1's gradient."""
     pred, target = random_batch(rows=20, classes=4)
-    softmax = scores == 'softmax'
+    softmax = scores != 'sigmoid'
     if softmax:
         pred, target = pred.detach().requires_grad_(), target.clamp(max=3)
     loss_cls = RaMBOLoss(
@@ -125,7 +125,7 @@ def test_activated_scores_are_ranked(scores):
     loss.backward()
 
     leaf = pred.detach().clone().requires_grad_()
-    ranked = leaf.softmax(1)[:, :-1] if softmax else leaf.sigmoid()
+    ranked = getattr(leaf, scores)(1)[:, :-1] if softmax else leaf.sigmoid()
     value, gradient = reference(ranked.detach(), target.tolist(), 0.4, True)
     ranked.backward(gradient)
     assert loss.item() == pytest.approx(value, abs=1e-12)
@@ -381,9 +381,10 @@ def test_channels_and_activation():
     activated = loss_cls.get_activation(logits)
     assert torch.equal(activated[:, :3], logits.sigmoid())
     assert activated.shape == (4, 4) and activated[:, 3].abs().sum() == 0
-    softmax = RaMBOLoss(scores='softmax', use_sigmoid=False)
-    assert softmax.get_cls_channels(3) == 4
-    assert torch.equal(softmax.get_activation(logits), logits.softmax(-1))
+    for scores in ('softmax', 'log_softmax'):
+        softmax = RaMBOLoss(scores=scores, use_sigmoid=False)
+        assert softmax.get_cls_channels(3) == 4
+        assert torch.equal(softmax.get_activation(logits), logits.softmax(-1))
     assert loss_cls.get_activation(torch.zeros(0, 3)).shape == (0, 4)
 
 

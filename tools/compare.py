@@ -97,8 +97,21 @@ class Plan:
     def save_state(self) -> None:
         compare_report.write_json(self.folder / 'run.json', self.state)
 
+    @cached_property
+    def only_test_changed(self) -> bool:
+        """Whether what is there was trained as now, but tested in another way."""
+        return bool(
+            self.state
+            and self.state['config_sha'] != self.candidate.sha
+            and import_module('compare_configs').trained_alike(
+                self.state['resolved'], self.candidate.resolved
+            )
+        )
+
     def refusal(self) -> str | None:
         """Say why what is there must not be used, if so."""
+        if self.only_test_changed:
+            return None
         advice = (
             f'move or delete {self.folder} and {self.record_path} to train it anew, '
             'or choose another --work-dir and --name'
@@ -136,7 +149,8 @@ class Plan:
 
     @property
     def is_done(self) -> bool:
-        return self.record_path.is_file() and self.matches_path.is_file()
+        files = self.record_path, self.matches_path
+        return all(map(Path.is_file, files)) and not self.only_test_changed
 
     def checkpoint(self) -> Path | None:
         """Find the last checkpoint, even if the folder was moved."""
@@ -182,6 +196,13 @@ class Plan:
         checkpoint = self.checkpoint()
         if checkpoint is None:
             raise FileNotFoundError(f'the training left no checkpoint in {self.folder}')
+        if self.only_test_changed:
+            for path in (self.record_path, self.matches_path):
+                path.unlink(missing_ok=True)
+            self.state.update(
+                config_sha=self.candidate.sha, resolved=self.candidate.resolved
+            )
+            self.save_state()
         command = [sys.executable, '-W', 'ignore', TEST, self.candidate.path]
         command += [checkpoint, '--work-dir', self.folder / 'test']
         command += ['--out', self.folder / 'detections.pkl']

@@ -16,6 +16,8 @@ from typing import Any, Iterator, Mapping, Sequence
 from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
 
+# What the last test of a run depends on and its training does not.
+TEST_KEYS = ('model.test_cfg.', 'test_cfg.', 'test_dataloader.', 'test_evaluator.')
 _VARIABLE = re.compile(r'\{\{[\'"]?\s*\$(\w+)\s*:\s*(\S*?)\s*[\'"]?\}\}')
 
 
@@ -129,16 +131,25 @@ def _flat(value: Any, path: str = '') -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def changes(old: Mapping[str, Any], new: Mapping[str, Any], limit: int = 5) -> str:
-    """Say in a line what differs between two resolved configs."""
+def _changed(old: Any, new: Any) -> Iterator[tuple[str, str, str]]:
+    """Yield the path of every leaf that differs, and how both look."""
     before, after = dict(_flat(old)), dict(_flat(new))
     missing = object()
-    texts = []
     for key in sorted(set(before) | set(after)):
         values = before.get(key, missing), after.get(key, missing)
         if values[0] != values[1]:
             shown = ['nothing' if v is missing else repr(v) for v in values]
-            texts.append(f'{key}: {shown[0]} -> {shown[1]}')
+            yield key, shown[0], shown[1]
+
+
+def trained_alike(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether two resolved configs differ in nothing but how the detector is tested."""
+    return all(key.startswith(TEST_KEYS) for key, *_ in _changed(old, new))
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], limit: int = 5) -> str:
+    """Say in a line what differs between two resolved configs."""
+    texts = [f'{key}: {was} -> {now}' for key, was, now in _changed(old, new)]
     more = f' and {len(texts) - limit} more' if len(texts) > limit else ''
     return '; '.join(texts[:limit]) + more
 

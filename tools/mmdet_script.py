@@ -47,4 +47,8 @@ def run_mmdet_script(name: str) -> None:
         path = find_mmdet_script(name)
     except FileNotFoundError as error:
         sys.exit(f'tools/{name}.py: {error}')
+    # Without it PyTorch >= 2.6 refuses mmengine's checkpoints, also those of the
+    # cross-entropy twins, whose configs do not import it.
+    import rambo_det  # noqa: F401
+
     runpy.run_path(str(path), run_name='__main__')

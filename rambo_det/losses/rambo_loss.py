@@ -367,7 +367,7 @@ class RaMBOLoss(nn.Module):
         rows = None if term.span == 'memory' else len(labels)
         if term.span == 'row':
             index = torch.arange(len(labels), device=labels.device)
-            return Ranking(lambd, term.per_class, index, len(labels), rows)
+            return Ranking(lambd, term.per_class, index, max(len(labels), 1), rows)
         if term.span == 'image':
             if images is not None:
                 return Ranking(lambd, term.per_class, *images, rows)
