@@ -65,7 +65,7 @@ def test_docs_show_what_was_compared(folder, monkeypatch):
 def test_docs_show_what_the_files_hold(folder):
     files = sorted(folder.glob('*.json'))
     assert files
-    page = (ROOT / 'docs' / 'results' / 'README.md').read_text(encoding='utf-8')
+    page = (ROOT / 'docs' / 'results.md').read_text(encoding='utf-8')
     assert results_table.table(files) in page
 
 
