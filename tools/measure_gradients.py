@@ -1,0 +1,199 @@
+"""Compare the gradients that losses send into a detector, before training with any.
+
+    python tools/measure_gradients.py CONFIG CHECKPOINT --batches 16 \\
+        --set lambd3 'dict(type="RaMBOLoss", lambd=3.0, memory=0)' --out OUT.json
+
+The detector of CHECKPOINT is run on batches of its training data. For each part of it
+that several losses share (neck, the box head's shared layers, trained backbone) and
+each loss, those of the config and those of ``--set`` in place of its classification
+loss, it prints
+
+- the mean norm of the gradient of a batch. Under an adaptive optimiser no loss has a
+  scale of its own, but the scales of losses that share layers must fit each other;
+- the mean cosine between the gradients of two batches: how much of a gradient is more
+  than chance. It must be compared between losses at the same checkpoint;
+- the cosine between the mean gradient and that of the config's classification loss.
+
+The losses of ``--set`` need as many columns as the config's: for a cross-entropy
+checkpoint that is ``scores="log_softmax", use_sigmoid=False``. State that a loss keeps
+(a memory) fills batch by batch as in training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any, Iterator
+
+import torch
+from ablate_head import parse_setting
+from benchmark_report import markdown
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.runner import Runner
+from mmengine.runner.checkpoint import load_checkpoint
+from mmengine.utils import ProgressBar
+from torch import Tensor, nn
+
+import rambo_det  # noqa: F401
+
+CLASSIFICATION = 'loss_cls'
+
+
+class _Swapped:
+    """Lets several losses see what a box head hands to its classification loss."""
+
+    def __init__(self, head: nn.Module, losses: dict[str, nn.Module]) -> None:
+        self.head, self.losses = head, losses
+        self.found: dict[str, Tensor] = {}
+        own = head.loss_cls
+        forward = own.forward
+
+        def record(pred: Tensor, *args: Any, **kwargs: Any) -> Any:
+            for name, loss in losses.items():
+                self.found[name] = self._call(own, loss, pred, *args, **kwargs)
+            return forward(pred, *args, **kwargs)
+
+        own.forward = record
+
+    @staticmethod
+    def _call(own: nn.Module, loss: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        images = getattr(own, '_images', None)
+        if images is None or not hasattr(loss, 'images'):
+            return loss(*args, **kwargs)
+        with loss.images(*images):
+            return loss(*args, **kwargs)
+
+
+def shared_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Return the trained parameters of the parts that several losses share."""
+    head = model.roi_head.bbox_head
+    parts = dict(
+        backbone=model.backbone,
+        neck=getattr(model, 'neck', None),
+        shared_fcs=getattr(head, 'shared_fcs', None),
+    )
+    found = {
+        name: [p for p in part.parameters() if p.requires_grad]
+        for name, part in parts.items()
+        if part is not None
+    }
+    return {name: parameters for name, parameters in found.items() if parameters}
+
+
+def batch_losses(model: nn.Module, data: Any, swapped: _Swapped) -> dict[str, Tensor]:
+    """Run the detector on a batch; return each of its losses and those of --set."""
+    data = model.data_preprocessor(data, True)
+    values = model(**data, mode='loss')
+    losses = {
+        name: sum(value) if isinstance(value, list) else value
+        for name, value in values.items()
+        if 'loss' in name
+    }
+    return {**losses, **swapped.found}
+
+
+def flat_gradient(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    gradients = torch.autograd.grad(
+        loss, parameters, retain_graph=True, allow_unused=True
+    )
+    zipped = zip(gradients, parameters)
+    return torch.cat([(p * 0 if g is None else g).flatten() for g, p in zipped])
+
+
+def statistics(gradients: Tensor, reference: Tensor) -> dict[str, float]:
+    """Summarise the gradients of some batches, (B, D).
+
+    Args:
+        gradients: One row each.
+        reference: (D,) the mean gradient to compare with.
+    """
+    norms = gradients.norm(dim=1)
+    directions = gradients / norms.clamp(min=1e-30).unsqueeze(1)
+    cosines, count = directions @ directions.T, len(gradients)
+    between = (cosines.sum() - cosines.trace()) / max(count * (count - 1), 1)
+    alike = torch.cosine_similarity(gradients.mean(0), reference, dim=0)
+    return dict(norm=float(norms.mean()), between=float(between), alike=float(alike))
+
+
+def measure(
+    model: nn.Module, batches: Iterator[Any], count: int, settings: dict[str, Any]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the statistics by part of the detector and by loss."""
+    losses = {name: MODELS.build(value) for name, value in settings.items()}
+    swapped = _Swapped(model.roi_head.bbox_head, losses)
+    parts = shared_parameters(model)
+    found: dict[str, dict[str, list[Tensor]]] = {part: {} for part in parts}
+    bar = ProgressBar(count)
+    for data in islice(batches, count):
+        for name, loss in batch_losses(model, data, swapped).items():
+            for part, parameters in parts.items():
+                gradient = flat_gradient(loss, parameters).detach()
+                found[part].setdefault(name, []).append(gradient)
+        bar.update()
+    print()
+    result: dict[str, dict[str, dict[str, float]]] = {}
+    for part, by_loss in found.items():
+        reference = torch.stack(by_loss[CLASSIFICATION]).mean(0)
+        result[part] = {
+            name: statistics(torch.stack(rows), reference)
+            for name, rows in by_loss.items()
+        }
+    return result
+
+
+def table(result: dict[str, dict[str, dict[str, float]]]) -> str:
+    lines = [['part, loss', 'norm', 'cosine of two batches', f'with {CLASSIFICATION}']]
+    for part, by_loss in result.items():
+        for name, row in by_loss.items():
+            numbers = [f'{row["norm"]:.3g}', f'{row["between"]:.3f}']
+            lines.append([f'{part}, {name}', *numbers, f'{row["alike"]:.2f}'])
+    return markdown(lines, '---')
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('config', type=Path)
+    parser.add_argument('checkpoint', type=Path)
+    parser.add_argument('--batches', type=int, default=16)
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument(
+        '--set', nargs=2, action='append', default=[], metavar=('NAME', 'DICT')
+    )
+    parser.add_argument('--out', type=Path, help='JSON')
+    args = parser.parse_args(argv)
+    if args.batches < 2:
+        parser.error(f'--batches must be at least 2, got {args.batches}')
+    settings = {name: parse_setting(name, text) for name, text in args.set}
+    for name, setting in settings.items():
+        if set(setting) != {'loss_cls'}:
+            parser.error(f'--set {name} must be a loss, dict(type=…), got {setting}')
+    register_all_modules()
+    torch.manual_seed(args.seed)
+    cfg = Config.fromfile(args.config)
+    model = MODELS.build(copy.deepcopy(cfg.model))
+    load_checkpoint(model, str(args.checkpoint), map_location='cpu')
+    model.train()
+    batches = iter(Runner.build_dataloader(cfg.train_dataloader, seed=args.seed))
+    losses = {name: setting['loss_cls'] for name, setting in settings.items()}
+    result = measure(model, batches, args.batches, losses)
+    print(table(result))
+    report = dict(
+        config=args.config.stem,
+        batches=args.batches,
+        seed=args.seed,
+        settings=losses,
+        result=result,
+    )
+    if args.out:
+        text = json.dumps(report, indent=1) + '\n'
+        args.out.write_text(text, encoding='utf-8')
+    return report
+
+
+if __name__ == '__main__':
+    main()
