@@ -97,12 +97,23 @@ def batch_losses(model: nn.Module, data: Any, swapped: _Swapped) -> dict[str, Te
     return {**losses, **swapped.found}
 
 
-def flat_gradient(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-    gradients = torch.autograd.grad(
-        loss, parameters, retain_graph=True, allow_unused=True
+def flat_gradients(
+    loss: Tensor, parts: dict[str, list[nn.Parameter]]
+) -> dict[str, Tensor]:
+    """Return the gradient of a loss as one vector for each part."""
+    parameters = [p for part in parts.values() for p in part]
+    gradients = iter(
+        torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     )
-    zipped = zip(gradients, parameters)
-    return torch.cat([(p * 0 if g is None else g).flatten() for g, p in zipped])
+    return {
+        name: torch.cat(
+            [
+                torch.zeros_like(p).flatten() if g is None else g.flatten()
+                for p, g in zip(part, gradients)
+            ]
+        )
+        for name, part in parts.items()
+    }
 
 
 def statistics(gradients: Tensor, reference: Tensor) -> dict[str, float]:
@@ -131,8 +142,7 @@ def measure(
     bar = ProgressBar(count)
     for data in islice(batches, count):
         for name, loss in batch_losses(model, data, swapped).items():
-            for part, parameters in parts.items():
-                gradient = flat_gradient(loss, parameters).detach()
+            for part, gradient in flat_gradients(loss, parts).items():
                 found[part].setdefault(name, []).append(gradient)
         bar.update()
     print()

@@ -1,9 +1,18 @@
 _base_ = [
-    './faster-rcnn_mobilenetv2_fpn_rambo_5e_voc-subset.py',
+    './faster-rcnn_mobilenetv2_fpn_ce_5e_voc-subset.py',
     '../_base_/rambo_paper.py',
 ]
 
-model = dict(roi_head=dict(bbox_head=dict(loss_cls=_base_.paper_loss)))
+custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
+
+model = dict(
+    roi_head=dict(
+        bbox_head=dict(
+            type='RaMBOShared2FCBBoxHead',
+            loss_cls=dict(_delete_=True, type='RaMBOLoss', **_base_.paper_loss),
+        )
+    )
+)
 train_dataloader = dict(batch_size=_base_.paper_batch_size)
 optim_wrapper = _base_.paper_optim_wrapper
 train_cfg = dict(max_epochs=12)

@@ -169,8 +169,8 @@ def ap_loss(
         >>> import torch
         >>> scores = torch.tensor([[0.9, 0.8, 0.7, 0.6]], requires_grad=True)
         >>> loss = ap_loss(scores, torch.tensor([[0, 1, 1, 0]]), lambd=0.5)
-        >>> loss
-        tensor([0.4167], grad_fn=<_SequenceAPLossBackward>)
+        >>> loss.detach()
+        tensor([0.4167])
         >>> loss.sum().backward()
         >>> scores.grad
         tensor([[ 1.0000, -0.5000, -0.5000,  0.0000]])
