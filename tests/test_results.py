@@ -78,3 +78,24 @@ def test_benchmark_page_shows_what_the_files_hold():
     assert benchmark_report.text(files[0]) in page
     operators = files[1]['cases']['roi']['operators']
     assert benchmark_report.operators_section('roi', operators) in page
+
+
+def test_voc_subset_shows_what_the_files_hold(monkeypatch):
+    pytest.importorskip('mmdet', reason='the tools need mmdet')
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    import ablate_report
+    import measure_gradients
+
+    page = (ROOT / 'docs' / 'results.md').read_text(encoding='utf-8')
+    head = json.loads((RESULTS / 'voc-subset-head.json').read_text(encoding='utf-8'))
+    settings = head['settings']
+    for name, setting in settings.items():
+        for seed, run in setting['runs'].items():
+            assert ablate_report.row(name, seed, run, 5) in page
+    trials = [RESULTS / 'voc-subset-trials' / f'{name}.json' for name in settings]
+    full = ablate_report.read_full([path for path in trials if path.exists()])
+    assert len(full) >= 4
+    assert ablate_report.agreement(settings, full) in page
+    path = RESULTS / 'voc-subset-gradients.json'
+    gradients = json.loads(path.read_text(encoding='utf-8'))
+    assert measure_gradients.table(gradients['result']) in page
