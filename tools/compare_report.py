@@ -280,17 +280,17 @@ def plot(groups: Groups, path: str | Path) -> None:
 
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, axes = plt.subplots(1, 3, figsize=(12.5, 4.4), layout='constrained')
     _draw_training(axes[0], groups, 'val_ap50', scale=100)
     axes[0].set_title('AP50 during training, percent', fontsize=10)
     _draw_training(axes[1], groups, 'loss_cls')
     axes[1].set_yscale('log')
-    for formatter in (
-        axes[1].yaxis.set_major_formatter,
-        axes[1].yaxis.set_minor_formatter,
-    ):
-        formatter('{x:g}')
+    # Numbers at 1, 2 and 5 of each decade: all nine would overlap.
+    axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[1].yaxis.set_major_formatter('{x:g}')
+    axes[1].yaxis.set_minor_formatter(NullFormatter())
     axes[1].set_title('loss_cls, mean of the epoch', fontsize=10)
     names = short_names(list(groups))
     for place, (stem, records) in enumerate(groups.items()):
