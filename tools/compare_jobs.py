@@ -294,8 +294,8 @@ class Pool:
     def _look_after(self, active: _Active) -> None:
         status = active.process.poll()
         active.progress.read()
+        self._report_progress(active, running=status is None)
         if status is None:
-            self._report_progress(active)
             return
         job, step = active.job, active.job.steps[active.step][0]
         if step == 'train' and not status and job.done < 1:
@@ -321,14 +321,14 @@ class Pool:
         self.failures.append(failure)
         _print(f'{job.label}: FAILED, {reason}')
 
-    def _report_progress(self, active: _Active) -> None:
+    def _report_progress(self, active: _Active, running: bool) -> None:
         progress = active.progress
         late = time.monotonic() - active.last_report >= self.report_every
         if progress.ap50 != active.reported:
             active.reported = progress.ap50
             epoch, ap50 = progress.ap50
             self._report(active, f'AP50 {100 * ap50:.1f} after epoch {epoch}')
-        elif late and progress.where:
+        elif running and late and progress.where:
             self._report(active, progress.where)
 
     def _report(self, active: _Active, event: str) -> None:
