@@ -15,22 +15,11 @@ __all__ = ['__version__', 'functional']
 # Looking for mmdet rather than catching ImportError: a broken installation (a missing
 # mmcv, say) must be reported, not silently leave the registry empty.
 if find_spec('mmdet') is not None:
+    from . import heads
     from .checkpoint import allow_mmengine_checkpoints
-    from .heads import (
-        RaMBOBBoxHeadMixin,
-        RaMBOConvFCBBoxHead,
-        RaMBOShared2FCBBoxHead,
-        RaMBOShared4Conv1FCBBoxHead,
-    )
-    from .hooks import LambdScheduleHook
+    from .heads import *  # noqa: F403
+    from .hooks import RaMBOScheduleHook
     from .losses import RaMBOLoss
 
     allow_mmengine_checkpoints()
-    __all__ += [
-        'LambdScheduleHook',
-        'RaMBOBBoxHeadMixin',
-        'RaMBOConvFCBBoxHead',
-        'RaMBOLoss',
-        'RaMBOShared2FCBBoxHead',
-        'RaMBOShared4Conv1FCBBoxHead',
-    ]
+    __all__ += ['RaMBOLoss', 'RaMBOScheduleHook', *heads.__all__]

@@ -1,61 +1,148 @@
 """Hooks registered in mmengine's ``HOOKS``."""
 
-from typing import Any, Optional
+import math
+from typing import Any, Callable, Dict, List, Optional
 
 from mmdet.registry import HOOKS
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
+from mmengine.runner import IterBasedTrainLoop
 
-from .losses import RaMBOLoss
+from .losses import SCHEDULED, RaMBOLoss
+
+# From 0 at the start of the interval to 1 at its end.
+_CURVES: Dict[str, Callable[[float], float]] = {
+    'linear': lambda progress: progress,
+    'cosine': lambda progress: (1 - math.cos(math.pi * progress)) / 2,
+    'exponential': lambda progress: progress,  # of the logarithm
+    'step': lambda progress: progress,
+}
+
+
+def _losses(runner: Any) -> List[RaMBOLoss]:
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    return [module for module in model.modules() if isinstance(module, RaMBOLoss)]
 
 
 @HOOKS.register_module()
-class LambdScheduleHook(Hook):
-    """Change λ of every ``RaMBOLoss`` in the model during training.
+class RaMBOScheduleHook(Hook):
+    """Change a setting of every ``RaMBOLoss`` in the model during training.
 
-    A large λ moves all positives past most negatives, so that every one of them gives a
-    gradient from which features can be learned; a small λ is faithful to AP at the top
-    of the list. The hook multiplies each term's λ by a factor that falls (or rises)
-    from ``start`` to ``end`` by equal ratios per iteration. It keeps no state: a
-    resumed run goes on where it was.
+    The setting is what the config of the loss says times a factor, which is ``start``
+    before ``begin``, goes to ``end`` between ``begin`` and ``until``, and stays there.
+    The hook keeps no state: a resumed run goes on where it was. The factor is logged
+    as ``train/{param}_factor``.
 
     Args:
-        start (float): The factor of the first iteration, > 0.
-        end (float): The factor of the last iteration, > 0. Defaults to 1.0.
+        param (str): What changes: 'lambd' (of every term), 'margin', 'loss_weight'
+            (of the ranking) or 'auxiliary' (the weight of the auxiliary loss).
+        start (float): The first factor.
+        end (float): The last factor. Defaults to 1.0.
+        curve (str): 'linear', 'cosine', 'exponential' (equal ratios, so that ``start``
+            and ``end`` must be positive), or 'step' (``end`` from ``begin`` on).
+            Defaults to 'linear'.
+        begin (float): Where the change begins. Defaults to 0.
+        until (float, optional): Where it is complete. Defaults to None, the end of the
+            training.
+        by_epoch (bool): Whether ``begin`` and ``until`` count epochs, which may be
+            fractions, or iterations. The factor changes every iteration in both cases.
+            Defaults to True.
 
     Raises:
-        ValueError: If a factor is not positive, or if the model has no ``RaMBOLoss``.
+        ValueError: If an argument is out of range, if the model has no ``RaMBOLoss``,
+            or if the training knows no epochs although ``begin`` or ``until`` does.
 
     Example:
-        In a config: ``custom_hooks = [dict(type='LambdScheduleHook', start=100.0)]``
+        λ falls from 100 to 1 where the loss has ``lambd=1.0``::
+
+            custom_hooks = [
+                dict(type='RaMBOScheduleHook', param='lambd', start=100.0,
+                     curve='exponential')
+            ]
     """
 
-    def __init__(self, start: float, end: float = 1.0) -> None:
-        if not (0 < start < float('inf') and 0 < end < float('inf')):
+    def __init__(
+        self,
+        param: str,
+        start: float,
+        end: float = 1.0,
+        curve: str = 'linear',
+        begin: float = 0,
+        until: Optional[float] = None,
+        by_epoch: bool = True,
+    ) -> None:
+        name = type(self).__name__
+        if param not in SCHEDULED:
+            raise ValueError(f'{name}: param must be one of {SCHEDULED}, got {param!r}')
+        if curve not in _CURVES:
             raise ValueError(
-                'LambdScheduleHook: start and end must be positive finite factors of '
-                f'lambd, got start={start!r}, end={end!r}'
+                f'{name}: curve must be one of {tuple(_CURVES)}, got {curve!r}'
             )
-        self.start = start
-        self.end = end
+        positive = param == 'lambd' or curve == 'exponential'
+        for factor in (start, end):
+            if not 0 <= factor < math.inf or (positive and factor == 0):
+                raise ValueError(
+                    f'{name}: start and end must be finite factors '
+                    f'{"> 0" if positive else ">= 0"} of {param} with curve={curve!r}, '
+                    f'got start={start!r}, end={end!r}'
+                )
+        if begin < 0 or (until is not None and until < begin):
+            raise ValueError(
+                f'{name}: expected 0 <= begin <= until, got begin={begin!r}, '
+                f'until={until!r}'
+            )
+        self.param, self.curve = param, curve
+        self.start, self.end = float(start), float(end)
+        self.begin, self.until, self.by_epoch = begin, until, by_epoch
 
-    def factor(self, iteration: int, num_iterations: int) -> float:
-        """Return the factor of one iteration, counted from 0."""
-        progress = iteration / max(num_iterations - 1, 1)
-        return float(self.start * (self.end / self.start) ** progress)
+    def factor(
+        self, iteration: int, num_iterations: int, epoch_length: Optional[float] = None
+    ) -> float:
+        """Return the factor of one iteration, counted from 0.
+
+        Args:
+            iteration (int): The iteration.
+            num_iterations (int): Iterations of the whole training.
+            epoch_length (float, optional): Iterations in an epoch.
+
+        Raises:
+            ValueError: If there are no epochs although ``begin`` or ``until`` counts
+                them.
+        """
+        unit = 1.0
+        if self.by_epoch and (self.begin or self.until is not None):
+            if epoch_length is None:
+                raise ValueError(
+                    f'{type(self).__name__}: the training loop counts no epochs; set '
+                    'by_epoch=False and give begin and until in iterations, got '
+                    f'begin={self.begin!r}, until={self.until!r}'
+                )
+            unit = epoch_length
+        begin = self.begin * unit
+        until = num_iterations if self.until is None else self.until * unit
+        if self.curve == 'step':
+            progress = float(iteration >= begin)
+        else:  # the last iteration of the interval has the end
+            progress = (iteration - begin) / max(until - 1 - begin, 1)
+        share = _CURVES[self.curve](min(max(progress, 0.0), 1.0))
+        if self.curve == 'exponential':
+            return self.start * (self.end / self.start) ** share
+        return self.start + (self.end - self.start) * share
 
     def before_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Optional[Any] = None
     ) -> None:
         """Set the factor for the coming iteration and log it."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        losses = [m for m in model.modules() if isinstance(m, RaMBOLoss)]
+        losses = _losses(runner)
         if not losses:
             raise ValueError(
-                'LambdScheduleHook: the model has no RaMBOLoss whose lambd could '
-                'change; remove the hook from custom_hooks or use the loss'
+                f'{type(self).__name__}: the model has no RaMBOLoss whose {self.param} '
+                'could change; remove the hook from custom_hooks or use the loss'
             )
-        factor = self.factor(runner.iter, runner.max_iters)
+        length = None
+        if not isinstance(runner.train_loop, IterBasedTrainLoop):  # has no epochs
+            length = runner.max_iters / runner.max_epochs
+        factor = self.factor(runner.iter, runner.max_iters, length)
         for loss in losses:
-            loss.lambd_factor = factor
-        runner.message_hub.update_scalar('train/lambd_factor', factor)
+            loss.factors[self.param] = factor
+        runner.message_hub.update_scalar(f'train/{self.param}_factor', factor)

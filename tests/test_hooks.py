@@ -1,4 +1,4 @@
-"""The schedule of λ inside mmengine's training loop."""
+"""Schedules of the loss inside mmengine's training loop."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ pytest.importorskip('mmdet', reason='the hooks are registered in mmdet')
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 
-from rambo_det import LambdScheduleHook, RaMBOLoss
+from rambo_det import RaMBOLoss, RaMBOScheduleHook
 
 
 class Classifier(BaseModel):
@@ -18,11 +18,16 @@ class Classifier(BaseModel):
         self.seen = []
 
     def forward(self, inputs, labels, mode='loss'):
-        self.seen.append(getattr(self.loss, 'lambd_factor', None))
+        self.seen.append(dict(getattr(self.loss, 'factors', {})))
         return dict(loss=self.loss(self.linear(inputs), labels))
 
 
-def train(loss, hook, work_dir, epochs, resume=False):
+FALLING = dict(
+    type='RaMBOScheduleHook', param='lambd', start=128.0, curve='exponential'
+)
+
+
+def train(loss, hooks, work_dir, epochs, resume=False, loop=None):
     torch.manual_seed(0)
     data = [(torch.randn(2), index % 4) for index in range(20)]
     model = Classifier(loss)
@@ -35,9 +40,9 @@ def train(loss, hook, work_dir, epochs, resume=False):
             sampler=dict(type='DefaultSampler', shuffle=False),
             collate_fn=dict(type='default_collate'),
         ),
-        train_cfg=dict(by_epoch=True, max_epochs=epochs),
+        train_cfg=loop or dict(by_epoch=True, max_epochs=epochs),
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
-        custom_hooks=[hook],
+        custom_hooks=hooks,
         default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1)),
         default_scope='mmdet',
         experiment_name=f'{work_dir.name}-{epochs}-{resume}',
@@ -47,56 +52,104 @@ def train(loss, hook, work_dir, epochs, resume=False):
     return runner, model
 
 
-def rambo_loss():
-    term = dict(span='batch', weight=1)
-    return RaMBOLoss(lambd=2.0, margin_noise=False, pooled_ap=None, class_ap=term)
+AUXILIARY = dict(type='CrossEntropyLoss', use_sigmoid=True)
 
 
-def test_factor_falls_by_equal_ratios(tmp_path):
-    hook = dict(type='LambdScheduleHook', start=128.0, end=1.0)
-    runner, model = train(rambo_loss(), hook, tmp_path, epochs=2)
+def rambo_loss(**settings):
+    base = dict(lambd=2.0, margin_noise=False, pooled_ap=None, loss_weight=1.0)
+    base['auxiliary'] = AUXILIARY
+    base['class_ap'] = dict(span='batch', weight=1)
+    return RaMBOLoss(**{**base, **settings})
+
+
+def test_settings_follow_their_curves_and_are_logged(tmp_path):
+    rise = dict(type='RaMBOScheduleHook', start=0.0)
+    hooks = [
+        FALLING,
+        dict(rise, param='margin', begin=0.5, until=1.75),  # iterations 2 to 6
+        dict(rise, param='loss_weight', curve='step', begin=1),
+        dict(rise, param='auxiliary', curve='cosine', begin=3, until=6, by_epoch=False),
+    ]
+    runner, model = train(rambo_loss(), hooks, tmp_path, epochs=2)
     runner.train()
-    assert model.seen == pytest.approx([2.0**power for power in range(7, -1, -1)])
-    log = runner.message_hub.get_scalar('train/lambd_factor').data[0]
-    assert log[-1] == pytest.approx(1.0)
+    expected = dict(
+        lambd=[2.0**power for power in range(7, -1, -1)],
+        margin=[0, 0, 0, 0.25, 0.5, 0.75, 1, 1],
+        loss_weight=[0, 0, 0, 0, 1, 1, 1, 1],
+        auxiliary=[0, 0, 0, 0, 0.5, 1, 1, 1],
+    )
+    for name, factors in expected.items():
+        assert [seen[name] for seen in model.seen] == pytest.approx(factors)
+        log = runner.message_hub.get_scalar(f'train/{name}_factor').data[0]
+        assert log[-1] == pytest.approx(factors[-1])
 
 
 def test_a_resumed_run_goes_on_where_it_was(tmp_path):
-    hook = LambdScheduleHook(start=128.0)
-    runner, whole = train(rambo_loss(), hook, tmp_path / 'a', epochs=2)
+    runner, whole = train(rambo_loss(), [FALLING], tmp_path / 'a', epochs=2)
     runner.train()
     (tmp_path / 'a' / 'epoch_2.pth').unlink()
     (tmp_path / 'a' / 'last_checkpoint').write_text(str(tmp_path / 'a' / 'epoch_1.pth'))
-    runner, rest = train(rambo_loss(), hook, tmp_path / 'a', epochs=2, resume=True)
+    runner, rest = train(rambo_loss(), [FALLING], tmp_path / 'a', epochs=2, resume=True)
     runner.train()
     assert rest.seen == whole.seen[4:]
     torch.testing.assert_close(rest.linear.weight, whole.linear.weight)
 
 
-def test_lambd_of_the_terms_is_multiplied():
+@pytest.mark.parametrize(
+    ('param', 'settings'),
+    [
+        ('lambd', dict(lambd=16.0)),
+        ('margin', dict(margin=1.2)),
+        ('loss_weight', dict(loss_weight=8.0)),
+        ('auxiliary', dict(auxiliary=dict(AUXILIARY, loss_weight=8.0))),
+    ],
+)
+@pytest.mark.parametrize('noise', [False, True])
+def test_a_factor_multiplies_what_the_config_says(param, settings, noise):
     logits = torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(30) % 4
-    scheduled, fixed = rambo_loss(), rambo_loss()
-    scheduled.lambd_factor = 8.0
-    fixed.terms = tuple(term._replace(lambd=16.0) for term in fixed.terms)
+    scheduled = rambo_loss(margin_noise=noise)
+    scheduled.factors[param] = 8.0
     gradients = []
-    for loss in (scheduled, fixed):
+    for loss in (scheduled, rambo_loss(margin_noise=noise, **settings), rambo_loss()):
         leaf = logits.clone().requires_grad_()
         torch.manual_seed(1)
         loss(leaf, labels).backward()
         gradients.append(leaf.grad)
-    assert torch.equal(*gradients)
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert not torch.allclose(gradients[0], gradients[2])
 
 
-@pytest.mark.parametrize('start, end', [(0, 1), (1, -1), (float('inf'), 1)])
-def test_bad_factors(start, end):
-    with pytest.raises(ValueError, match='must be positive finite factors'):
-        LambdScheduleHook(start, end)
+@pytest.mark.parametrize(
+    ('kwargs', 'match'),
+    [
+        (dict(param='tau', start=1), "param must be one of .* got 'tau'"),
+        (dict(param='margin', start=1, curve='log'), "curve must be .* got 'log'"),
+        (dict(param='lambd', start=0), 'finite factors > 0 of lambd'),
+        (dict(param='margin', start=0, curve='exponential'), 'finite factors > 0'),
+        (dict(param='margin', start=1, end=-1), 'finite factors >= 0 of margin'),
+        (dict(param='lambd', start=float('inf')), 'finite factors'),
+        (dict(param='margin', start=0, begin=-1), '0 <= begin <= until'),
+        (dict(param='margin', start=0, begin=2, until=1), 'begin=2, until=1'),
+    ],
+)
+def test_bad_arguments(kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        RaMBOScheduleHook(**kwargs)
 
 
 def test_a_model_without_the_loss_is_an_error(tmp_path):
-    hook = dict(type='LambdScheduleHook', start=2.0)
-    loss = torch.nn.CrossEntropyLoss()
-    runner, _ = train(loss, hook, tmp_path, epochs=1)
+    runner, _ = train(torch.nn.CrossEntropyLoss(), [FALLING], tmp_path, epochs=1)
     with pytest.raises(ValueError, match='has no RaMBOLoss'):
+        runner.train()
+
+
+def test_epochs_where_the_loop_has_none_are_an_error(tmp_path):
+    loop = dict(by_epoch=False, max_iters=6)
+    whole, model = train(rambo_loss(), [FALLING], tmp_path / 'a', 0, loop=loop)
+    whole.train()
+    assert model.seen[-1]['lambd'] == 1.0
+    hooks = [dict(FALLING, until=2)]
+    runner, _ = train(rambo_loss(), hooks, tmp_path / 'b', 0, loop=loop)
+    with pytest.raises(ValueError, match='by_epoch=False .* until=2'):
         runner.train()

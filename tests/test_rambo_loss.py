@@ -18,8 +18,9 @@ from rambo_det import RaMBOLoss
 
 # One term alone, on what all of a batch holds; tests vary from here.
 PLAIN = dict(margin=0.0, margin_noise=False, memory=0)
-CLASS = dict(class_ap=dict(weight=1.0, span='batch'), pooled_ap=None)
-POOLED = dict(class_ap=None, pooled_ap=dict(weight=1.0, span='batch'))
+BATCH = dict(weight=1.0, span='batch')
+CLASS = dict(class_ap=BATCH, pooled_ap=None, loss_weight=1.0)
+POOLED = dict(class_ap=None, pooled_ap=BATCH, loss_weight=1.0)
 
 
 def random_batch(rows=12, classes=3, seed=0):
@@ -157,9 +158,8 @@ def test_margin_is_applied_to_what_is_ranked(noise):
 
 def memory_loss(memory=2, **kwargs):
     settings_ = {**PLAIN, 'memory': memory, 'lambd': 3.0, **kwargs}
-    return RaMBOLoss(
-        **settings_, class_ap=dict(weight=1.0, span='memory'), pooled_ap=None
-    )
+    term = dict(weight=1.0, span='memory')
+    return RaMBOLoss(**settings_, class_ap=term, pooled_ap=None, loss_weight=1.0)
 
 
 def test_memory_is_the_last_steps_without_gradient():
@@ -231,6 +231,16 @@ def test_memory_is_not_kept_where_no_term_reads_it():
     assert loss_cls.get_extra_state() == dict(scores=[], labels=[])
 
 
+def test_an_empty_memory_is_not_in_the_state():
+    """Mmengine broadcasts what a new model's state holds, and that must be tensors."""
+    loss_cls, other = memory_loss(), memory_loss()
+    assert loss_cls.state_dict() == {}
+    other(*random_batch(seed=0))
+    assert list(other.state_dict()) == ['_extra_state']
+    other.load_state_dict(loss_cls.state_dict())
+    assert other.get_extra_state() == dict(scores=[], labels=[])
+
+
 def test_deep_copies_do_not_share_the_memory():
     loss_cls = memory_loss()
     loss_cls(*random_batch(seed=0))
@@ -287,7 +297,7 @@ def test_ignored_rows_may_hold_anything():
     odd[5] = -100
     kept = weight > 0
     loss_cls = RaMBOLoss(**PLAIN, **CLASS)
-    expected = loss_cls(pred[kept], target[kept])
+    expected = loss_cls(pred[kept], target[kept]).detach()
     leaf = spoiled.requires_grad_()
     loss = loss_cls(leaf, odd, weight)
     loss.backward()
@@ -332,7 +342,8 @@ def test_compiled_modules_can_use_the_loss():
 
 def test_span_image_in_a_stock_head_warns_once_and_means_the_batch():
     pred, target = random_batch()
-    loss_cls = RaMBOLoss(**PLAIN, class_ap=None, pooled_ap=dict(weight=1, span='image'))
+    settings_ = {**PLAIN, **POOLED, 'pooled_ap': dict(weight=1, span='image')}
+    loss_cls = RaMBOLoss(**settings_)
     with pytest.warns(UserWarning, match='RaMBOShared2FCBBoxHead') as record:
         loss = loss_cls(pred, target)
         loss_cls(pred, target)
@@ -404,6 +415,30 @@ def test_accuracy_is_the_exact_ap_of_the_preceding_call():
     assert not any('loss' in key for key in accuracy)
 
 
+@pytest.mark.parametrize(
+    ('scores', 'auxiliary'),
+    [
+        ('log_softmax', dict(type='CrossEntropyLoss', loss_weight=0.7)),
+        ('logits', dict(type='CrossEntropyLoss', use_sigmoid=True)),
+        ('logits', dict(type='FocalLoss', use_sigmoid=True)),
+    ],
+)
+def test_auxiliary_loss_is_added_to_the_ranking(scores, auxiliary):
+    settings = dict(**PLAIN, **POOLED, scores=scores, use_sigmoid=scores == 'logits')
+    both = RaMBOLoss(**settings, auxiliary=auxiliary)
+    ranking, other = RaMBOLoss(**settings), MODELS.build(auxiliary)
+    pred = torch.randn(6, 4, requires_grad=True)
+    target = torch.tensor([0, 1, 2, 3, 3, 0])
+    args = dict(weight=torch.tensor([1.0, 1, 0, 1, 1, 1]), avg_factor=5.0)
+    found = both(pred, target, **args)
+    expected = ranking(pred, target, **args) + other(pred, target, **args)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, pred), torch.autograd.grad(expected, pred)
+    )
+    assert torch.autograd.grad(other(pred, target, **args), pred)[0].any()
+
+
 @pytest.mark.parametrize('override', [None, 'mean', 'sum'])
 def test_reductions_are_the_same(override):
     batch = random_batch()
@@ -437,6 +472,8 @@ def test_reductions_are_the_same(override):
             'class_ap.lambd',
         ),
         (dict(pooled_ap=dict(weight=1, spam='batch')), ValueError, 'spam'),
+        (dict(auxiliary='CrossEntropyLoss'), TypeError, 'auxiliary must be None or'),
+        (dict(auxiliary=dict(type='CrossEntropyLoss')), ValueError, 'use_sigmoid=True'),
     ],
 )
 def test_bad_settings(kwargs, error, match):

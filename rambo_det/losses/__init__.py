@@ -1,5 +1,5 @@
 """Losses registered in mmdet's ``MODELS``."""
 
-from .rambo_loss import RaMBOLoss
+from .rambo_loss import SCHEDULED, RaMBOLoss
 
-__all__ = ['RaMBOLoss']
+__all__ = ['SCHEDULED', 'RaMBOLoss']

@@ -3,7 +3,18 @@
 import warnings
 from collections import deque
 from contextlib import contextmanager
-from typing import Any, Callable, Deque, Dict, Iterator, NamedTuple, Optional, Tuple
+from typing import (
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Tuple,
+    Union,
+)
 
 import torch
 from mmdet.registry import MODELS
@@ -15,6 +26,7 @@ from ..functional import (
     detection_ap_loss,
     detection_average_precision,
 )
+from .calls import Call, OpenCalls, calling_head, hard_labels, merge_calls
 
 _SPANS = {
     'class_ap': ('memory', 'batch', 'image'),
@@ -26,6 +38,8 @@ _DEFAULTS = {
 }
 _SCORES = ('logits', 'sigmoid', 'softmax', 'log_softmax')
 IGNORED = -1
+# What RaMBOScheduleHook can change during training.
+SCHEDULED = ('lambd', 'margin', 'loss_weight', 'auxiliary')
 
 
 class _Term(NamedTuple):
@@ -108,7 +122,8 @@ class RaMBOLoss(nn.Module):
 
     Args:
         lambd (float): λ of Algorithm 1 for terms without one of their own: how far
-            scores are moved to look for the gradient. It does not scale the loss.
+            scores are moved to look for the gradient. It does not scale the loss, but
+            the larger it is the shorter the gradient. Defaults to 30.
         margin (float): α: positives are lowered and negatives raised by half of it
             before ranking, in units of the scores. Defaults to 0.15.
         margin_noise (bool): Whether each shift is multiplied by its own ``|N(0, 1)|``,
@@ -123,11 +138,15 @@ class RaMBOLoss(nn.Module):
             with span 'memory', 'batch' or 'image'. Missing keys take the default,
             weight 2/3, span 'memory' and the loss' ``lambd``. ``None`` or weight 0
             switch the term off.
-        pooled_ap (dict, optional): The same for the pooled term, with span 'batch' or
-            'image'. Defaults to weight 1/3 and span 'image'.
+        pooled_ap (dict, optional): The same for the pooled term, with span 'batch',
+            'image' or 'row'. Defaults to weight 1/3 and span 'image'.
         use_sigmoid (bool): Read by mmdet's heads: True means one column per class.
             False only, and always, with softmax and log_softmax. Defaults to True.
-        loss_weight (float): Factor on the whole loss. Defaults to 1.0.
+        loss_weight (float): Factor on the ranking loss. Defaults to 30.
+        auxiliary (dict, optional): Config of a classification loss that is computed
+            from the same logits and added, such as ``dict(type='CrossEntropyLoss')``.
+            It has its own ``loss_weight``, and ``use_sigmoid`` like this loss. Defaults
+            to None.
         check_values (bool): Whether to look for NaN and for labels out of range in
             each step, at the cost of a device synchronisation. Defaults to True.
 
@@ -151,7 +170,7 @@ class RaMBOLoss(nn.Module):
 
     def __init__(
         self,
-        lambd: float = 0.1,
+        lambd: float = 30.0,
         margin: float = 0.15,
         margin_noise: bool = True,
         memory: int = 7,
@@ -159,7 +178,8 @@ class RaMBOLoss(nn.Module):
         class_ap: Optional[Dict[str, Any]] = _DEFAULTS['class_ap'],
         pooled_ap: Optional[Dict[str, Any]] = _DEFAULTS['pooled_ap'],
         use_sigmoid: bool = True,
-        loss_weight: float = 1.0,
+        loss_weight: float = 30.0,
+        auxiliary: Optional[Dict[str, Any]] = None,
         check_values: bool = True,
     ) -> None:
         super().__init__()
@@ -196,18 +216,38 @@ class RaMBOLoss(nn.Module):
             )
         self.use_sigmoid = use_sigmoid
         self.loss_weight = _number('loss_weight', loss_weight)
+        self.auxiliary = self._build_auxiliary(auxiliary)
         self.check_values = bool(check_values)
-        # Set by LambdScheduleHook, from the iteration alone: no state to be saved.
-        self.lambd_factor = 1.0
+        # Set by RaMBOScheduleHook, from the iteration alone: no state to be saved.
+        self.factors = dict.fromkeys(SCHEDULED, 1.0)
         self._fills_memory = memory > 0 and any(t.span == 'memory' for t in self.terms)
         self._memory: Deque[Tuple[Tensor, Tensor]] = deque(maxlen=memory)
         self._images: Optional[Tuple[Tensor, int]] = None
         self._last: Optional[Tuple[Tensor, Tensor, Optional[Tuple[Tensor, int]]]] = None
         self._warned_about_images = False
+        self._deferred: Optional[List[Call]] = None
+        self._open_calls = OpenCalls()
         # mmdet's RoI heads ask for these three to use the methods below.
         self.custom_cls_channels = True
         self.custom_activation = True
         self.custom_accuracy = True
+
+    def _build_auxiliary(self, config: Optional[Dict[str, Any]]) -> Optional[nn.Module]:
+        if config is None:
+            return None
+        if not isinstance(config, dict):
+            raise TypeError(
+                'RaMBOLoss: auxiliary must be None or the config of a loss, such as '
+                f"dict(type='CrossEntropyLoss'), got {config!r}"
+            )
+        loss = MODELS.build(config)
+        if bool(getattr(loss, 'use_sigmoid', False)) != self.use_sigmoid:
+            raise ValueError(
+                f'RaMBOLoss: scores={self.scores!r} needs an auxiliary loss with '
+                f'use_sigmoid={self.use_sigmoid}, as both are computed from the same '
+                f'columns, got {config!r}'
+            )
+        return loss
 
     def extra_repr(self) -> str:
         """Show the settings in the printed model."""
@@ -246,9 +286,10 @@ class RaMBOLoss(nn.Module):
 
         Returns:
             dict[str, Tensor]: AP in [0, 1] under 'class_ap' and 'pooled_ap'; 0 where
-            the batch had no positive; empty before the first call.
+            the batch had no positive; empty before the first call and where calls
+            are deferred.
         """
-        if self._last is None:
+        if self._last is None or self._deferred is not None:
             return {}
         scores, labels, images = self._last
         result = {}
@@ -283,11 +324,44 @@ class RaMBOLoss(nn.Module):
         finally:
             self._images = outer
 
+    @contextmanager
+    def deferred(self) -> Iterator[List[Call]]:
+        """Record calls instead of ranking: a head calls once per pyramid level.
+
+        Each call returns a zero that is connected to the graph. :meth:`joint` ranks
+        the recorded calls afterwards.
+
+        Yields:
+            list[Call]: The calls so far, in their order.
+        """
+        outer = self._deferred
+        calls: List[Call] = []
+        self._deferred = calls
+        try:
+            yield calls
+        finally:
+            self._deferred = outer
+
+    def joint(self, calls: List[Call], index: Tensor, num_images: int) -> Tensor:
+        """Compute the loss of recorded calls as if they had been one.
+
+        Args:
+            calls (list[Call]): What :meth:`deferred` recorded.
+            index (Tensor): The image of each row of all calls, see :meth:`images`.
+            num_images (int): Number of images.
+
+        Returns:
+            Tensor: The loss, a scalar.
+        """
+        pred, target, weight, avg_factor = merge_calls(calls)
+        with self.images(index, num_images):
+            return self(pred, target, weight, avg_factor=avg_factor)
+
     @_not_compiled
     def forward(
         self,
         pred: Tensor,
-        target: Tensor,
+        target: Union[Tensor, Tuple[Tensor, Tensor]],
         weight: Optional[Tensor] = None,
         avg_factor: Optional[float] = None,
         reduction_override: Optional[str] = None,
@@ -296,23 +370,31 @@ class RaMBOLoss(nn.Module):
 
         Args:
             pred (Tensor): Logits of shape (N, C), or (N, C + 1) with softmax.
-            target (Tensor): Labels of shape (N,): 0..C-1 foreground, C background.
+            target (Tensor): Labels of shape (N,): 0..C-1 foreground, C background. Of
+                a tuple ``(labels, quality)``, as GFL and RTMDet give it, the labels
+                are ranked and the quality is not used.
             weight (Tensor, optional): Shape (N,). Rows of weight 0 are ignored
                 everywhere; other values make no difference in a ranking.
-            avg_factor (float, optional): Accepted for mmdet's interface; means over
+            avg_factor (float, optional): What the auxiliary loss divides by; means over
                 sequences have no use for it.
             reduction_override (str, optional): ``None``, 'mean' and 'sum' mean the
                 same; 'none' raises, since a ranking has no loss per row.
 
         Returns:
-            Tensor: The loss, a scalar; 0 with zero gradient without positives.
+            Tensor: The loss, a scalar; the ranking's part is 0 with zero gradient
+            without positives.
 
         Raises:
             TypeError: If ``pred`` or ``target`` has the wrong type.
             ValueError: If shapes do not fit, a label is out of range, ``pred``
                 contains NaN, or ``reduction_override`` is 'none' or unknown.
+            RuntimeError: If a head without binding calls once per pyramid level.
         """
+        target = hard_labels(target)
         self._check_shapes(pred, target, weight, reduction_override)
+        if self._deferred is not None:
+            self._deferred.append(Call(pred, target, weight, avg_factor))
+            return pred[:0].sum()
         num_classes = pred.size(1) - self.has_background
         labels = target.long()
         ignored = None if weight is None else weight == 0
@@ -332,11 +414,11 @@ class RaMBOLoss(nn.Module):
                 scores = torch.cat([scores, past[0].to(scores)])
                 labels = torch.cat([labels, past[1].to(labels)])
                 any_ignored = True
-        fixed_margin = self.margin
-        if self.margin and self.margin_noise:
+        margin = fixed_margin = self.margin * self.factors['margin']
+        if margin and self.margin_noise:
             classes = torch.arange(num_classes, device=labels.device)
             positive = labels.unsqueeze(1) == classes
-            scores = apply_margin(scores, positive, self.margin, noise=True)
+            scores = apply_margin(scores, positive, margin, noise=True)
             fixed_margin = 0.0
 
         rankings = [self._ranking(term, self._last[1], images) for term in self.terms]
@@ -346,7 +428,29 @@ class RaMBOLoss(nn.Module):
         loss = scores.new_zeros(())
         for term, (losses, present) in zip(self.terms, results):
             loss = loss + term.weight * losses.sum() / present.sum().clamp(min=1)
-        return self.loss_weight * loss
+        loss = self.loss_weight * self.factors['loss_weight'] * loss
+        share = self.factors['auxiliary']
+        if self.auxiliary is not None and share:
+            other = self.auxiliary(pred, target, weight, avg_factor=avg_factor)
+            loss = loss + share * other
+        if images is None:
+            self._refuse_levels(self._open_calls.add(loss, len(pred)), len(pred))
+        return loss
+
+    def _refuse_levels(self, before: Optional[int], rows: int) -> None:
+        """Raise if the preceding call, still without backward, had other rows."""
+        if before is None:
+            return
+        head = calling_head(self)
+        bound = f'RaMBO{head}' if head else "'RaMBO' + the name of the stock head"
+        if head and MODELS.get(bound) is None:
+            bound += ', which does not exist: see docs/detectors.md for what does'
+        raise RuntimeError(
+            f'RaMBOLoss: {head or "the head"} called the loss with {before} rows and, '
+            f'before backward, with {rows} rows: a call per pyramid level ranks each '
+            f'level on its own. Use the head that binds the loss, type={bound}. Calls '
+            'that belong to different images tell so with RaMBOLoss.images'
+        )
 
     def _ranked_scores(self, pred: Tensor) -> Tensor:
         """Turn logits into what is ranked, float32 at least, (N, C)."""
@@ -363,7 +467,7 @@ class RaMBOLoss(nn.Module):
         self, term: _Term, labels: Tensor, images: Optional[Tuple[Tensor, int]]
     ) -> Ranking:
         """Return what one term ranks; ``labels`` are those of this step's rows."""
-        lambd = term.lambd * self.lambd_factor
+        lambd = term.lambd * self.factors['lambd']
         rows = None if term.span == 'memory' else len(labels)
         if term.span == 'row':
             index = torch.arange(len(labels), device=labels.device)
@@ -485,3 +589,21 @@ class RaMBOLoss(nn.Module):
         self._memory.clear()
         if self._fills_memory:
             self._memory.extend(zip(state['scores'], state['labels']))
+
+    def _save_to_state_dict(
+        self, destination: Dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """Leave out an empty memory: mmengine broadcasts all that a new model has.
+
+        It expects tensors there, and stops a distributed training at anything else.
+        """
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self._memory:
+            destination.pop(prefix + '_extra_state')
+
+    def _load_from_state_dict(
+        self, state_dict: Dict[str, Any], prefix: str, *args: Any
+    ) -> None:
+        """Empty the memory where the saved one was."""
+        state_dict.setdefault(prefix + '_extra_state', dict(scores=[], labels=[]))
+        super()._load_from_state_dict(state_dict, prefix, *args)
