@@ -59,9 +59,11 @@ def test_head_ranks_each_image(name):
     losses = head.loss(*batch)
     losses['loss_cls'].backward()
 
-    single = MODELS.build(dict(loss_cls, pooled_ap=dict(weight=1.0, span='batch')))
+    # A loss for each image: one that is called twice before backward asks for a head.
+    batch_wide = dict(loss_cls, pooled_ap=dict(weight=1.0, span='batch'))
+    first, second = MODELS.build(batch_wide), MODELS.build(batch_wide)
     pred, target = batch[0].detach().clone().requires_grad_(), batch[3]
-    expected = (single(pred[:5], target[:5]) + single(pred[5:], target[5:])) / 2
+    expected = (first(pred[:5], target[:5]) + second(pred[5:], target[5:])) / 2
     expected.backward()
     torch.testing.assert_close(losses['loss_cls'], expected)
     torch.testing.assert_close(batch[0].grad, pred.grad)
@@ -122,7 +124,7 @@ def tiny_faster_rcnn(head='RaMBOShared2FCBBoxHead', **loss_cls):
     cfg.rpn_head.update(in_channels=16, feat_channels=16)
     cfg.roi_head.bbox_roi_extractor.out_channels = 16
     cfg.roi_head.bbox_head.update(in_channels=16, fc_out_channels=32, type=head)
-    cfg.roi_head.bbox_head.loss_cls.update(loss_cls)
+    cfg.roi_head.bbox_head.loss_cls = dict(type='RaMBOLoss', **loss_cls)
     return MODELS.build(cfg)
 
 

@@ -1,9 +1,12 @@
 """RoI heads: the sampled proposals of an image are ranked against each other."""
 
-from typing import Any, Dict
+from typing import Any, Dict, List
 
+import torch
 from mmdet.models.roi_heads.bbox_heads import (
     ConvFCBBoxHead,
+    DIIHead,
+    DoubleConvFCBBoxHead,
     Shared2FCBBoxHead,
     Shared4Conv1FCBBoxHead,
 )
@@ -11,6 +14,7 @@ from mmdet.registry import MODELS
 from torch import Tensor
 
 from ..losses import RaMBOLoss
+from .binding import complete_loss_config
 
 
 class RaMBOBBoxHeadMixin:
@@ -50,3 +54,60 @@ class RaMBOShared2FCBBoxHead(RaMBOBBoxHeadMixin, Shared2FCBBoxHead):
 @MODELS.register_module()
 class RaMBOShared4Conv1FCBBoxHead(RaMBOBBoxHeadMixin, Shared4Conv1FCBBoxHead):
     """mmdet's ``Shared4Conv1FCBBoxHead`` for :class:`~rambo_det.losses.RaMBOLoss`."""
+
+
+@MODELS.register_module()
+class RaMBODoubleConvFCBBoxHead(RaMBOBBoxHeadMixin, DoubleConvFCBBoxHead):
+    """mmdet's ``DoubleConvFCBBoxHead`` for :class:`~rambo_det.losses.RaMBOLoss`.
+
+    The stock head always has a background column; this one asks the loss.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.custom_cls_channels:
+            columns = self.loss_cls.get_cls_channels(self.num_classes)
+            self.fc_cls = torch.nn.Linear(self.fc_out_channels, columns)
+
+
+@MODELS.register_module()
+class RaMBODIIHead(DIIHead):
+    """mmdet's ``DIIHead`` (Sparse R-CNN) for :class:`~rambo_det.losses.RaMBOLoss`.
+
+    Each stage ranks its own proposals and has its own loss and memory. The matching
+    cost of the stock detector takes sigmoids of one column per class, so that
+    ``scores='logits'`` is the default here. The head works with other losses as the
+    stock head does.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if 'loss_cls' in kwargs:
+            kwargs['loss_cls'] = complete_loss_config(
+                type(self), kwargs['loss_cls'], background=True
+            )
+        super().__init__(*args, **kwargs)
+
+    def loss_and_target(
+        self,
+        cls_score: Tensor,
+        bbox_pred: Tensor,
+        sampling_results: List[Any],
+        *args: Any,
+        **kw: Any,
+    ) -> Dict[str, Any]:
+        """Compute the losses; arguments and result are those of the stock head.
+
+        ``cls_score`` (N, C) holds all proposals of the first image, then those of the
+        second.
+        """
+        compute = super().loss_and_target
+        args = (cls_score, bbox_pred, sampling_results, *args)
+        if not isinstance(self.loss_cls, RaMBOLoss) or not len(cls_score):
+            return compute(*args, **kw)
+        counts = [len(r.pos_priors) + len(r.neg_priors) for r in sampling_results]
+        images = torch.arange(len(counts), device=cls_score.device)
+        index = images.repeat_interleave(images.new_tensor(counts))
+        with self.loss_cls.images(index, len(counts)):
+            result = compute(*args, **kw)
+        result['loss_bbox'].update(self.loss_cls.get_accuracy(cls_score, index))
+        return result

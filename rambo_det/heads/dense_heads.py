@@ -1,0 +1,184 @@
+"""Dense heads: all levels of an image are ranked together."""
+
+from typing import Any, ClassVar, Dict, List, Optional
+
+import torch
+from mmdet.models.dense_heads import (
+    ATSSHead,
+    DDODHead,
+    FCOSHead,
+    GFLHead,
+    NASFCOSHead,
+    RetinaHead,
+    RPNHead,
+    RTMDetHead,
+    RTMDetSepBNHead,
+    YOLOFHead,
+)
+from mmdet.registry import MODELS
+from torch import Tensor
+
+from ..losses import RaMBOLoss
+from .binding import complete_loss_config, image_major
+
+
+class RaMBODenseHeadMixin:
+    """Rank the anchors or points of all levels of an image against each other.
+
+    Put it before any subclass of mmdet's ``AnchorHead`` or ``AnchorFreeHead`` that
+    calls ``loss_cls`` once per level or once per batch, levels one after the other and
+    the rows of an image together in each. The head works with other losses as the
+    stock head does.
+
+    What the config of :class:`~rambo_det.losses.RaMBOLoss` leaves open becomes
+    ``scores='logits'``, ``memory=0`` and the ``use_sigmoid`` that goes with them.
+    """
+
+    # Whether the stock head can have a background column.
+    background: ClassVar[bool] = False
+    # Whether it tells the loss what a mean over the rows divides by.
+    auxiliary: ClassVar[bool] = True
+    # Before the names of the losses and of the reported AP.
+    prefix: ClassVar[str] = ''
+
+    loss_cls: Any
+    cls_out_channels: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if 'loss_cls' in kwargs:
+            kwargs['loss_cls'] = complete_loss_config(
+                type(self),
+                kwargs['loss_cls'],
+                self.background,
+                auxiliary=self.auxiliary,
+            )
+        super().__init__(*args, **kwargs)
+        if isinstance(self.loss_cls, RaMBOLoss):
+            # Asked for activations, the loss gives a RoI head a last column to drop.
+            # Dense heads drop none; without this flag they take the sigmoid or the
+            # softmax of the columns themselves.
+            self.loss_cls.custom_cls_channels = False
+
+    def loss_by_feat(
+        self, cls_scores: List[Tensor], *args: Any, **kwargs: Any
+    ) -> Optional[Dict[str, Any]]:
+        """Compute the losses; arguments and result are those of the stock head.
+
+        ``cls_scores`` has a tensor (images, anchors * columns, H, W) for each level.
+        Besides the losses, the exact AP of the step is reported.
+
+        Raises:
+            ValueError: If the stock head's rows are not those of the levels.
+        """
+        compute = super().loss_by_feat  # type: ignore[misc]
+        if not isinstance(self.loss_cls, RaMBOLoss):
+            return compute(cls_scores, *args, **kwargs)
+        with self.loss_cls.deferred() as calls:
+            losses = compute(cls_scores, *args, **kwargs)
+        if not calls:  # the head found nothing to train on
+            return losses
+        num_images = len(cls_scores[0])
+        index = self._images_of_rows(cls_scores, sum(len(c.pred) for c in calls))
+        name = f'loss_{self.prefix}cls'
+        losses[name] = self.loss_cls.joint(calls, index, num_images)
+        for key, value in self.loss_cls.get_accuracy(*calls[0][:2]).items():
+            losses[self.prefix + key] = value
+        return losses
+
+    def _images_of_rows(self, cls_scores: List[Tensor], num_rows: int) -> Tensor:
+        """Return the image of each row, (num_rows,): level by level, image by image."""
+        num_images, columns = len(cls_scores[0]), self.cls_out_channels
+        rows = [s.numel() // columns for s in cls_scores]
+        if sum(rows) != num_rows or any(n % num_images for n in rows):
+            raise ValueError(
+                f'{type(self).__name__}: the stock head called its loss with '
+                f'{num_rows} rows, but its levels have {sum(rows)} (columns {columns}, '
+                f'shapes {[tuple(s.shape) for s in cls_scores]}), so which row belongs '
+                'to which image is not known; this head cannot be bound by '
+                'RaMBODenseHeadMixin'
+            )
+        device = cls_scores[0].device
+        return torch.cat(
+            [image_major(num_images, n // num_images, device) for n in rows]
+        )
+
+
+@MODELS.register_module()
+class RaMBORPNHead(RaMBODenseHeadMixin, RPNHead):
+    """mmdet's ``RPNHead`` for :class:`~rambo_det.losses.RaMBOLoss`."""
+
+    background = True
+    prefix = 'rpn_'
+
+
+@MODELS.register_module()
+class RaMBORetinaHead(RaMBODenseHeadMixin, RetinaHead):
+    """mmdet's ``RetinaHead`` for :class:`~rambo_det.losses.RaMBOLoss`."""
+
+    background = True
+
+
+@MODELS.register_module()
+class RaMBOATSSHead(RaMBODenseHeadMixin, ATSSHead):
+    """mmdet's ``ATSSHead`` for :class:`~rambo_det.losses.RaMBOLoss`."""
+
+    background = True
+
+
+@MODELS.register_module()
+class RaMBODDODHead(RaMBODenseHeadMixin, DDODHead):
+    """mmdet's ``DDODHead`` for :class:`~rambo_det.losses.RaMBOLoss`.
+
+    The stock head weights the classification loss of each level by its number of
+    positives; a ranking of all levels has no such weights.
+    """
+
+
+@MODELS.register_module()
+class RaMBOFCOSHead(RaMBODenseHeadMixin, FCOSHead):
+    """mmdet's ``FCOSHead`` for :class:`~rambo_det.losses.RaMBOLoss`."""
+
+    background = True
+
+
+@MODELS.register_module()
+class RaMBONASFCOSHead(RaMBODenseHeadMixin, NASFCOSHead):
+    """mmdet's ``NASFCOSHead`` for :class:`~rambo_det.losses.RaMBOLoss`."""
+
+    background = True
+
+
+@MODELS.register_module()
+class RaMBOYOLOFHead(RaMBODenseHeadMixin, YOLOFHead):
+    """mmdet's ``YOLOFHead`` for :class:`~rambo_det.losses.RaMBOLoss`.
+
+    What is ranked is the class score with the implicit objectness in it.
+    """
+
+
+@MODELS.register_module()
+class RaMBOGFLHead(RaMBODenseHeadMixin, GFLHead):
+    """mmdet's ``GFLHead`` for :class:`~rambo_det.losses.RaMBOLoss`.
+
+    The label is ranked; the localisation quality that goes with it is not used.
+    """
+
+
+@MODELS.register_module()
+class RaMBORTMDetHead(RaMBODenseHeadMixin, RTMDetHead):
+    """mmdet's ``RTMDetHead`` for :class:`~rambo_det.losses.RaMBOLoss`.
+
+    The label is ranked; the quality that goes with it is not used.
+    """
+
+    auxiliary = False
+
+
+@MODELS.register_module()
+class RaMBORTMDetSepBNHead(RaMBODenseHeadMixin, RTMDetSepBNHead):
+    """mmdet's ``RTMDetSepBNHead`` for :class:`~rambo_det.losses.RaMBOLoss`.
+
+    The label is ranked; the quality that goes with it is not used.
+    """
+
+    auxiliary = False
