@@ -15,6 +15,7 @@ paper_loss = dict(
     scores='logits',
     class_ap=dict(weight=2 / 3, span='memory', lambd=0.5 * 2 / 3 / 20),
     pooled_ap=dict(weight=1 / 3, span='batch', lambd=0.5 / 3),
+    loss_weight=1.0,
 )
 paper_batch_size = 8
 paper_optim_wrapper = dict(

@@ -137,5 +137,7 @@ default_hooks = dict(
 )
 # From random weights every positive has to teach features, which takes a large
 # lambda; the top of the list, where AP is decided, takes a small one.
-custom_hooks = [dict(type='LambdScheduleHook', start=333.0)]
+custom_hooks = [
+    dict(type='RaMBOScheduleHook', param='lambd', start=333.0, curve='exponential')
+]
 randomness = dict(seed=0)

@@ -1,7 +1,14 @@
 # The baseline's 4 epochs of a data set repeated 3 times are the paper's 12.
 _base_ = ['./faster-rcnn_r50_fpn_rambo_1x_voc07.py', '../_base_/rambo_paper.py']
 
-model = dict(roi_head=dict(bbox_head=dict(loss_cls=_base_.paper_loss)))
+model = dict(
+    roi_head=dict(
+        bbox_head=dict(
+            loss_cls=dict(_delete_=True, type='RaMBOLoss', **_base_.paper_loss)
+        )
+    )
+)
+custom_hooks = []
 train_dataloader = dict(batch_size=_base_.paper_batch_size)
 optim_wrapper = _base_.paper_optim_wrapper
 param_scheduler = [_base_.paper_warmup, *_base_.param_scheduler]

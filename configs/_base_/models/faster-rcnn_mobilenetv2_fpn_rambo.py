@@ -5,7 +5,8 @@ model = dict(
     roi_head=dict(
         bbox_head=dict(
             type='RaMBOShared2FCBBoxHead',
-            loss_cls=dict(_delete_=True, type='RaMBOLoss'),
+            # With few classes a small lambda does as well as any.
+            loss_cls=dict(_delete_=True, type='RaMBOLoss', lambd=0.1, loss_weight=1.0),
         )
     )
 )

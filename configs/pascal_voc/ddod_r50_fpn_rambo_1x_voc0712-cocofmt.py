@@ -1,0 +1,19 @@
+_base_ = [
+    'mmdet::ddod/ddod_r50_fpn_1x_coco.py',
+    '../_base_/datasets/voc0712-cocofmt.py',
+]
+custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
+
+model = dict(
+    bbox_head=dict(
+        type='RaMBODDODHead',
+        num_classes=20,
+        loss_cls=dict(_delete_=True, type='RaMBOLoss'),
+    ),
+    test_cfg=dict(score_thr=0.0),  # scores are no probabilities: docs/detectors.md
+)
+train_dataloader = _base_.voc_train_dataloader
+val_dataloader = _base_.voc_val_dataloader
+test_dataloader = val_dataloader
+val_evaluator = _base_.voc_evaluator
+test_evaluator = val_evaluator

@@ -1,0 +1,18 @@
+_base_ = [
+    'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py',
+    '../_base_/datasets/voc0712-cocofmt.py',
+]
+custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
+
+model = dict(
+    bbox_head=dict(
+        type='RaMBODINOHead',
+        num_classes=20,
+        loss_cls=dict(_delete_=True, type='RaMBOLoss'),
+    )
+)
+train_dataloader = _base_.voc_train_dataloader
+val_dataloader = _base_.voc_val_dataloader
+test_dataloader = val_dataloader
+val_evaluator = _base_.voc_evaluator
+test_evaluator = val_evaluator

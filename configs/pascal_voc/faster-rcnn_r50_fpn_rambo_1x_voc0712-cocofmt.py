@@ -1,0 +1,11 @@
+_base_ = 'mmdet::pascal_voc/faster-rcnn_r50_fpn_1x_voc0712-cocofmt.py'
+custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
+
+model = dict(
+    roi_head=dict(
+        bbox_head=dict(
+            type='RaMBOShared2FCBBoxHead',
+            loss_cls=dict(_delete_=True, type='RaMBOLoss'),
+        )
+    )
+)

@@ -1,0 +1,9 @@
+_base_ = 'mmdet::pascal_voc/retinanet_r50_fpn_1x_voc0712.py'
+custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
+
+model = dict(
+    bbox_head=dict(
+        type='RaMBORetinaHead', loss_cls=dict(_delete_=True, type='RaMBOLoss')
+    ),
+    test_cfg=dict(score_thr=0.0),  # scores are no probabilities: docs/detectors.md
+)
