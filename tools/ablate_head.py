@@ -17,7 +17,9 @@ dictionary ``settings`` of more. What a setting does not name is the config's:
     settings = dict(
         slow=dict(
             loss_cls=dict(type='RaMBOLoss', lambd=1.0, loss_weight=10.0),
-            lambd_schedule=dict(start=100.0, end=1.0),  # LambdScheduleHook's arguments
+            schedules=[  # arguments of RaMBOScheduleHook, a hook each
+                dict(param='lambd', start=100.0, curve='exponential')
+            ],
             lr=1e-4, epochs=5, batch_size=4,
             bbox_head=dict(fc_out_channels=256),  # merged into the config's, as are
             optim_wrapper=dict(clip_grad=None),  # these two
@@ -26,7 +28,7 @@ dictionary ``settings`` of more. What a setting does not name is the config's:
     )
 
 A RaMBOLoss in a stock head gets the head of this package, which tells it the image of
-each RoI. λ's schedule is the config's only where the loss is too. Settings that
+each RoI. Its schedules are the config's only where the loss is too. Settings that
 OUT.json already holds are not run again, unless their definition has changed.
 
 ``--full FILE...`` tells how well the order of the settings agrees with full training:
@@ -43,13 +45,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
 import ablate_report
+from atomic_file import atomic_file
 from head_training import SCHEDULE, build_head, train_head
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
@@ -59,7 +61,7 @@ from roi_cache import RoiCache, open_cache
 
 KEYS = (
     *('loss_cls', 'bbox_head', 'optim_wrapper', 'lr', 'epochs', 'batch_size'),
-    *('lambd_schedule', 'test_cfg'),
+    *('schedules', 'test_cfg'),
 )
 
 
@@ -107,9 +109,9 @@ def _stretched(scheduler: dict[str, Any], ratio: float) -> dict[str, Any]:
     return scheduler
 
 
-def _inherited_schedule(cfg: Config) -> dict[str, Any] | None:
+def _config_schedules(cfg: Config) -> list[dict[str, Any]]:
     hooks = [h for h in cfg.get('custom_hooks') or [] if h['type'] == SCHEDULE]
-    return {k: v for k, v in hooks[0].items() if k != 'type'} if hooks else None
+    return [{k: v for k, v in hook.items() if k != 'type'} for hook in hooks]
 
 
 def resolve(cfg: Config, name: str, setting: dict[str, Any]) -> dict[str, Any]:
@@ -151,7 +153,7 @@ def resolve(cfg: Config, name: str, setting: dict[str, Any]) -> dict[str, Any]:
             f'config must train by epochs, got {epochs!r} and train_cfg.max_epochs = '
             f'{full!r}'
         )
-    inherited = None if 'loss_cls' in setting else _inherited_schedule(cfg)
+    inherited = [] if 'loss_cls' in setting else _config_schedules(cfg)
     definition = dict(
         bbox_head=head.to_dict(),
         optim_wrapper=wrapper.to_dict(),
@@ -161,7 +163,7 @@ def resolve(cfg: Config, name: str, setting: dict[str, Any]) -> dict[str, Any]:
         ],
         epochs=epochs,
         batch_size=setting.get('batch_size', cfg.train_dataloader.batch_size),
-        lambd_schedule=setting.get('lambd_schedule', inherited),
+        schedules=setting.get('schedules', inherited),
         train_cfg=cfg.model.train_cfg.rcnn.to_dict(),
         test_cfg=cfg.model.test_cfg.rcnn.to_dict(),
     )
@@ -179,7 +181,7 @@ def load_results(path: Path, origin: dict[str, Any]) -> dict[str, Any]:
     """
     if not path.is_file():
         return dict(origin=origin, settings={})
-    results = json.loads(path.read_text())
+    results = json.loads(path.read_text(encoding='utf-8'))
     found = results.get('origin')
     if found != origin:
         changed = [k for k in origin if (found or {}).get(k) != origin[k]]
@@ -194,9 +196,9 @@ def load_results(path: Path, origin: dict[str, Any]) -> dict[str, Any]:
 def save_results(path: Path, results: dict[str, Any]) -> None:
     """Write the results at once, so that stopping never leaves half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f'{path.name}.part')
-    draft.write_text(json.dumps(results, indent=1, ensure_ascii=False) + '\n')
-    os.replace(draft, path)
+    text = json.dumps(results, indent=1, ensure_ascii=False) + '\n'
+    with atomic_file(path) as draft:
+        draft.write_text(text, encoding='utf-8')
 
 
 def run_all(

@@ -8,24 +8,22 @@ from statistics import mean, stdev
 from typing import Any, Iterable, Sequence
 
 import numpy as np
+from markdown_table import markdown_row, markdown_table
 from results_table import read_ap50
-
-
-def markdown(rows: Iterable[Sequence[str]]) -> str:
-    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
+from scipy import stats
 
 
 def header(epochs: int) -> str:
     """The head of the table that grows while results come."""
     names = ['setting', 'seed', *map(str, range(1, epochs + 1)), 'minutes']
-    return markdown([names, ['---'] + ['---:'] * (len(names) - 1)])
+    return markdown_table([names])
 
 
 def row(name: str, seed: str, run: dict[str, Any], epochs: int) -> str:
     """One run's AP50 after each epoch."""
     found = dict(zip(run['epochs'], run['ap50']))
     cells = [f'{found[e]:.1f}' if e in found else '' for e in range(1, epochs + 1)]
-    return markdown([[name, seed, *cells, f'{run["minutes"]:.1f}']])
+    return markdown_row([name, seed, *cells, f'{run["minutes"]:.1f}'])
 
 
 def final_ap50(settings: dict[str, Any]) -> dict[str, list[float]]:
@@ -39,11 +37,11 @@ def final_ap50(settings: dict[str, Any]) -> dict[str, list[float]]:
 
 def seeds_table(settings: dict[str, Any]) -> str:
     """Mean and standard deviation of the final AP50 over the seeds."""
-    rows = [['setting', 'seeds', 'final AP50', 'sd'], ['---'] + ['---:'] * 3]
+    rows = [['setting', 'seeds', 'final AP50', 'sd']]
     for name, values in final_ap50(settings).items():
         spread = f'{stdev(values):.2f}' if len(values) > 1 else ''
         rows.append([name, str(len(values)), f'{mean(values):.2f}', spread])
-    return markdown(rows)
+    return markdown_table(rows)
 
 
 def per_class_table(settings: dict[str, Any], classes: Sequence[str]) -> str:
@@ -53,10 +51,10 @@ def per_class_table(settings: dict[str, Any], classes: Sequence[str]) -> str:
         for name, setting in settings.items()
         if setting['runs']
     }
-    rows = [['class', *means], ['---'] + ['---:'] * len(means)]
+    rows = [['class', *means]]
     for index, name in enumerate(classes):
         rows.append([name, *(f'{values[index]:.1f}' for values in means.values())])
-    return markdown(rows)
+    return markdown_table(rows)
 
 
 def diagnosis_table(settings: dict[str, Any]) -> str:
@@ -65,8 +63,7 @@ def diagnosis_table(settings: dict[str, Any]) -> str:
         cls_norm='cls gradient', box_norm='box gradient', cosine='their cosine'
     )
     names = ['setting', 'seed', 'epoch', *columns.values()]
-    names.append('positives without gradient')
-    rows = [names, ['---'] + ['---:'] * 5 + ['---']]
+    rows = [[*names, 'positives without gradient']]
     for name, setting in settings.items():
         for seed, run in setting['runs'].items():
             for epoch, found in enumerate(run.get('diagnosis', []), start=1):
@@ -75,7 +72,7 @@ def diagnosis_table(settings: dict[str, Any]) -> str:
                 )
                 values = (f'{found[column]:.3g}' for column in columns)
                 rows.append([name, seed, str(epoch), *values, ', '.join(shares)])
-    return markdown(rows)
+    return markdown_table(rows, text_columns=(0, len(names)))
 
 
 # Agreement with full training
@@ -109,19 +106,11 @@ def read_full(paths: Iterable[Path]) -> dict[str, float]:
     return result
 
 
-def kendall_tau(a: Sequence[float], b: Sequence[float]) -> float:
-    """Kendall's tau-b, which allows for ties; NaN where one side is constant."""
-    above = np.triu_indices(len(a), k=1)
-    signs = [np.sign(np.subtract.outer(values, values))[above] for values in (a, b)]
-    untied = np.sqrt(np.prod([np.count_nonzero(sign) for sign in signs]))
-    return float(np.sum(signs[0] * signs[1]) / untied) if untied else float('nan')
-
-
-def spearman_rho(a: Sequence[float], b: Sequence[float]) -> float:
-    """Correlation of the ranks, ties sharing theirs; NaN where one is constant."""
-    ranks = [np.sign(np.subtract.outer(values, values)).sum(1) for values in (a, b)]
-    scale = np.sqrt(np.prod([np.sum(rank**2) for rank in ranks]))
-    return float(np.sum(ranks[0] * ranks[1]) / scale) if scale else float('nan')
+def rank_correlations(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """Kendall's tau-b and Spearman's rho; NaN where one side is constant."""
+    if min(len(set(a)), len(set(b))) < 2:  # scipy would warn
+        return float('nan'), float('nan')
+    return float(stats.kendalltau(a, b)[0]), float(stats.spearmanr(a, b)[0])
 
 
 def agreement(settings: dict[str, Any], full: dict[str, float]) -> str:
@@ -137,15 +126,17 @@ def agreement(settings: dict[str, Any], full: dict[str, float]) -> str:
             'ablate_report: --full must have at least two settings in common with the '
             f'results to compare orders, got {sorted(full)} and {sorted(heads)}'
         )
-    a, b = [heads[name] for name in names], [full[name] for name in names]
-    rows = [['setting', 'head only', 'full training'], ['---', '---:', '---:']]
+    tau, rho = rank_correlations(
+        [heads[name] for name in names], [full[name] for name in names]
+    )
+    rows = [['setting', 'head only', 'full training']]
     for name in sorted(names, key=lambda name: -full[name]):
         rows.append([name, f'{heads[name]:.1f}', f'{full[name]:.1f}'])
     lines = [
-        markdown(rows),
+        markdown_table(rows),
         '',
-        f"Kendall's tau {kendall_tau(a, b):.2f}, Spearman's rho "
-        f'{spearman_rho(a, b):.2f} over {len(names)} settings.',
+        f"Kendall's tau {tau:.2f}, Spearman's rho {rho:.2f} over {len(names)} "
+        'settings.',
     ]
     for i, first in enumerate(names):
         for second in names[i + 1 :]:

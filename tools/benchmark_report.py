@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markdown_table import markdown_table
 
 OURS, SORT, FOCAL = 'RaMBOLoss', 'torch.sort', 'FocalLoss (mmdet)'
 LITERAL = 'literal form, 12 argsorts'
@@ -25,11 +26,6 @@ def ratio(case: dict[str, Any] | None, over: str, under: str) -> float | None:
     if not all('median' in result for result in medians):
         return None
     return medians[0]['median'] / medians[1]['median']
-
-
-def markdown(lines: list[list[str]], align: str) -> str:
-    lines = [lines[0], [align] + ['---:'] * (len(lines[0]) - 1), *lines[1:]]
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 
 def table(case: dict[str, Any]) -> str:
@@ -52,7 +48,7 @@ def table(case: dict[str, Any]) -> str:
             + [f'{result["extra_memory"]:.2f}', str(len(result['times']))]
             + [str(result.get('host_syncs', ''))] * gpu
         )
-    return markdown(lines, '---')
+    return markdown_table(lines)
 
 
 def case_section(label: str, case: dict[str, Any]) -> str:
@@ -71,7 +67,7 @@ def operators_section(label: str, rows: list[tuple[str, float, float]]) -> str:
         f'\n{label}: {sum(row[1] for row in rows):.0f} operators in one call of our '
         f'loss, {sum(row[1] for row in small):.0f} of them shorter than 10 µs and '
         f'together {sum(row[2] for row in small) / total:.0%} of the time (under the '
-        f'profiler)\n\n{markdown(lines, "---")}'
+        f'profiler)\n\n{markdown_table(lines)}'
     )
 
 
@@ -88,7 +84,7 @@ def sweep_table(points: list[dict[str, Any]], key: str) -> str:
             for result in point['rivals'].values()
         ]
         lines.append([f'{sweep_size(point, key):,}', *cells])
-    return markdown(lines, '---:')
+    return markdown_table(lines, text_columns=())
 
 
 def sweep_section(key: str, points: list[dict[str, Any]], share: float) -> str:

@@ -97,7 +97,7 @@ class Plan:
     def save_state(self) -> None:
         compare_report.write_json(self.folder / 'run.json', self.state)
 
-    @cached_property
+    @property
     def only_test_changed(self) -> bool:
         """Whether what is there was trained as now, but tested in another way."""
         return bool(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Iterator, Sequence
 
 import numpy as np
+from atomic_file import atomic_file
 
 if TYPE_CHECKING:
     from plot_results import Run
@@ -48,9 +49,9 @@ class Matches:
 
     def save(self, path: str | Path) -> None:
         """Write a compressed ``.npz``, at once or not at all."""
-        draft = Path(path).with_name('.part.npz')
-        np.savez_compressed(draft, **vars(self))
-        draft.replace(path)
+        # To an open file, since numpy would append .npz to a draft's name.
+        with atomic_file(path) as draft, draft.open('wb') as file:
+            np.savez_compressed(file, **vars(self))
 
     @classmethod
     def load(cls, path: str | Path) -> Matches:

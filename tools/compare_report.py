@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 import numpy as np
+from atomic_file import atomic_file
 from compare_ap import RECALLS, Matches, paired_interval, resampled_ap
+from markdown_table import markdown_table
 
 COMPARISON = 'comparison.json'
 LEVEL = 0.95
@@ -28,9 +30,8 @@ def now() -> str:
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Write a record, a line for each key, at once or not at all."""
     lines = [f' {json.dumps(key)}: {json.dumps(record[key])}' for key in record]
-    draft = path.with_name(f'.{path.name}.part')
-    draft.write_text('{\n' + ',\n'.join(lines) + '\n}\n', encoding='utf-8')
-    draft.replace(path)
+    with atomic_file(path) as draft:
+        draft.write_text('{\n' + ',\n'.join(lines) + '\n}\n', encoding='utf-8')
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -184,10 +185,7 @@ def table(comparison: Mapping[str, Any], groups: Groups) -> str:
     """Return the comparison as a Markdown table with a line that explains it."""
     names = short_names(list(groups))
     level = f'{100 * comparison["level"]:.0f} %'
-    rows = [
-        ['config', 'seeds', 'AP50', 'AP', f'Δ AP50 [{level} interval]', 'Δ AP'],
-        ['---', *['---:'] * 5],
-    ]
+    rows = [['config', 'seeds', 'AP50', 'AP', f'Δ AP50 [{level} interval]', 'Δ AP']]
     for place, (stem, records) in enumerate(groups.items()):
         cells = [_percent([r[key] for r in records.values()]) for key in ('ap50', 'ap')]
         differences = ['', '']
@@ -212,7 +210,7 @@ def table(comparison: Mapping[str, Any], groups: Groups) -> str:
             'interval is a paired bootstrap over images and seeds, '
             f'{comparison["resamples"]} resamples.'
         )
-    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows) + f'\n\n{note}'
+    return f'{markdown_table(rows)}\n\n{note}'
 
 
 def split_page(path: Path, name: str) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Sequence
 
 import torch
+from markdown_table import markdown_table
 
 from rambo_det.functional import ap_loss
 
@@ -125,14 +126,6 @@ def locate(scores: Sequence[float]) -> Places:
     return Places([name for _, name in positives], above, gaps)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Format a Markdown table; the first column is text, the others are numbers."""
-    rule = ['---'] + ['---:'] * (len(head) - 1)
-    return '\n'.join(
-        '| ' + ' | '.join(map(str, row)) + ' |' for row in (head, rule, *rows)
-    )
-
-
 def entry_table() -> str:
     """Every entry: score, ranks, g, perturbed score, new rank, gradient."""
     example = compute()
@@ -152,7 +145,7 @@ def entry_table() -> str:
             )
         )
     head = ('entry', 'score y', 'rk', 'rk+', 'g', 'y + λ g', 'new rk', 'gradient')
-    return _table(head, rows)
+    return markdown_table([head, *rows])
 
 
 def search_table() -> str:
@@ -169,7 +162,7 @@ def search_table() -> str:
             counts = ('dropped', '', '')
         rows.append((name, *counts, _signed(value)))
     head = ('negative', 'positives above, before', 'after', 'passed by', 'gradient')
-    return _table(head, rows)
+    return markdown_table([head, *rows])
 
 
 def gap_table() -> str:
@@ -183,7 +176,8 @@ def gap_table() -> str:
             row += [f'**{places.order[k]}**', places.gaps[k], total, k + 1 + total]
         rows.append(row)
     side = ('in the gap above', 'summed', 'rk')
-    return _table(('rk+', 'before', *side, 'after', *side), rows)
+    head = ('rk+', 'before', *side, 'after', *side)
+    return markdown_table([head, *rows])
 
 
 def combined_places() -> tuple[list[str], list[int]]:
@@ -226,8 +220,9 @@ def sequence_table() -> str:
                 found - start,
             )
         )
-    head = ('negative', 'sequence', 'score', 'first search', 'combined')
-    return _table((*head, 'second search', 'positives before', 'above'), rows)
+    head = ['negative', 'sequence', 'score', 'first search', 'combined']
+    head += ['second search', 'positives before', 'above']
+    return markdown_table([head, *rows])
 
 
 def average_precision_text() -> str:
@@ -256,10 +251,9 @@ def lambda_table() -> str:
         gradient = [_signed(example.gradient[i]) for i in positives]
         rows.append((f'{lambd:g}', *rises, f'{turned} of {wrong}', *gradient))
     names = [f'**{NAMES[i]}**' for i in positives]
-    head = [f'{name} rises by' for name in names]
-    return _table(
-        ('λ', *head, 'pairs turned', *(f'gradient of {name}' for name in names)), rows
-    )
+    head = ['λ', *(f'{name} rises by' for name in names), 'pairs turned']
+    head += [f'gradient of {name}' for name in names]
+    return markdown_table([head, *rows])
 
 
 def blocks() -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from types import SimpleNamespace
-from typing import Any, Iterator
+from typing import Any, Iterator, Sequence
 
 import torch
 from mmdet.evaluation import VOCMetric, eval_map
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rambo_det import RaMBOLoss
 
-SCHEDULE = 'LambdScheduleHook'
+SCHEDULE = 'RaMBOScheduleHook'
 
 
 # One step
@@ -77,6 +77,21 @@ def total(losses: dict[str, Any], part: str = 'loss') -> Tensor:
     return sum(torch.mean(value) for name, value in losses.items() if part in name)
 
 
+def flat_gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The gradient as one vector, zero where the loss does not reach."""
+    grads: Sequence[Tensor | None] = [None] * len(parameters)
+    if loss.requires_grad:
+        grads = torch.autograd.grad(
+            loss, parameters, retain_graph=True, allow_unused=True
+        )
+    return torch.cat(
+        [
+            torch.zeros_like(value).flatten() if grad is None else grad.flatten()
+            for value, grad in zip(parameters, grads)
+        ]
+    )
+
+
 class Diagnosis:
     """Measures in each step what the shared layers and the positives are taught.
 
@@ -104,19 +119,6 @@ class Diagnosis:
         self.zero = dict.fromkeys(self.parts, 0)
         self.positives = 0
 
-    def _shared_gradient(self, loss: Tensor) -> Tensor:
-        if not loss.requires_grad:
-            return torch.zeros(1)
-        grads = torch.autograd.grad(
-            loss, self.shared, retain_graph=True, allow_unused=True
-        )
-        return torch.cat(
-            [
-                torch.zeros_like(value).flatten() if grad is None else grad.flatten()
-                for value, grad in zip(self.shared, grads)
-            ]
-        )
-
     def logit_gradients(
         self, outputs: tuple[Tensor, Tensor], images: list[ImageRois]
     ) -> dict[str, Tensor]:
@@ -131,7 +133,7 @@ class Diagnosis:
             part = copy.deepcopy(part)
             if state is not None:
                 part.set_extra_state(state)
-                part.lambd_factor = loss.lambd_factor
+                part.factors = dict(loss.factors)
             leaf = outputs[0].detach().requires_grad_()
             self.head.loss_cls = part
             try:
@@ -157,7 +159,7 @@ class Diagnosis:
             self.zero[name] += int((gradient[index] == 0).sum())
         losses = losses_of_outputs(self.head, outputs, images, self.train_cfg)
         cls, box = (
-            self._shared_gradient(total(losses, part))
+            flat_gradient(total(losses, part), self.shared)
             for part in ('loss_cls', 'loss_bbox')
         )
         norms = cls.norm(), box.norm()
@@ -215,25 +217,23 @@ def build_schedule(definition: dict[str, Any], optimizer: Any, steps: int) -> li
     return result
 
 
-def _lambd_factors(
-    head: Any, schedule: dict[str, Any] | None, num_steps: int
-) -> Iterator[float]:
-    """Set the factor of λ before each step, as ``LambdScheduleHook`` does."""
-    if schedule is None:
-        while True:
-            yield 1.0
-    hook = HOOKS.build(dict(type=SCHEDULE, **schedule))
+def _schedule_loss(
+    head: Any, schedules: list[dict[str, Any]], epochs: int, steps: int
+) -> Iterator[None]:
+    """Set the factors of the loss before each step, as the hooks do."""
+    hooks = [HOOKS.build(dict(type=SCHEDULE, **schedule)) for schedule in schedules]
     losses = [m for m in head.modules() if isinstance(m, RaMBOLoss)]
-    if not losses:
+    if hooks and not losses:
         raise ValueError(
-            'ablate_head: lambd_schedule is for a head with a RaMBOLoss, got loss_cls '
-            f'{type(head.loss_cls).__name__}; remove it from the setting'
+            'ablate_head: schedules are for a head with a RaMBOLoss, got loss_cls '
+            f'{type(head.loss_cls).__name__}; remove them from the setting'
         )
-    for step in range(num_steps):
-        factor = hook.factor(step, num_steps)
-        for loss in losses:
-            loss.lambd_factor = factor
-        yield factor
+    for step in range(epochs * steps):
+        for hook in hooks:
+            factor = hook.factor(step, epochs * steps, steps)
+            for loss in losses:
+                loss.factors[hook.param] = factor
+        yield
 
 
 @torch.no_grad()
@@ -331,7 +331,7 @@ def train_head(
     count = len(cache.train[0])
     steps = -(-count // size)
     schedule = build_schedule(definition, wrapper.optimizer, steps)
-    factors = _lambd_factors(head, definition['lambd_schedule'], epochs * steps)
+    factors = _schedule_loss(head, definition['schedules'], epochs, steps)
     # The images' order is the same whatever the loss draws.
     generator = torch.Generator().manual_seed(seed)
     diagnosis = Diagnosis(head, definition['train_cfg']) if diagnose else None

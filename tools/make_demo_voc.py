@@ -10,6 +10,9 @@ or mostly hidden objects are marked ``difficult``.
 The same arguments give the same files, byte for byte: the pictures are made
 of NumPy's seeded generator, of additions, multiplications and comparisons
 (no library's sine or power enters), and of baseline JPEG compression.
+
+``--coco`` adds the same annotations in COCO format, with the visible pixels of
+every object as its mask, for detectors that need masks and for CocoMetric.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ import numpy as np
 
 VERSION = 1
 MANIFEST = 'demo_voc.json'
+COCO = 'coco'  # not Annotations: some file systems do not tell cases apart
 SPLITS = ('trainval', 'test')
 # Objects per class in a round of 36. Labels are dealt from a shuffled round
 # after the other, so that a small data set has every class as well.
@@ -380,6 +384,65 @@ def generate(
     return True
 
 
+def write_coco(root: str | Path) -> list[Path]:
+    """Writes the annotations of a generated data set in COCO format.
+
+    Difficult objects become crowds, which evaluation ignores, as mmdet's converter
+    has it. Boxes hold whole pixels: their width is that of VOC's, both ends counted.
+
+    Args:
+        root: The folder that :func:`generate` wrote.
+
+    Returns:
+        The files ``coco/trainval.json`` and ``coco/test.json`` in it.
+
+    Raises:
+        FileNotFoundError: If ``root`` holds no generated data set.
+    """
+    # Imported here: nothing else in this file needs it.
+    from pycocotools import mask as rle
+
+    root = Path(root)
+    manifest = root / MANIFEST
+    if not manifest.is_file():
+        raise FileNotFoundError(
+            f'{root} holds no generated data set: {manifest.name} is not there; '
+            'write it first, with --out alone'
+        )
+    settings = json.loads(manifest.read_text())
+    width, height = settings['size']
+    (root / COCO).mkdir(exist_ok=True)
+    paths, first = [], 1
+    for split, count in zip(SPLITS, (settings['train'], settings['test'])):
+        images, annotations = [], []
+        scenes = iter_scenes(split, count, (width, height), settings['seed'])
+        for number, (_, objects) in enumerate(scenes, start=first):
+            file = f'JPEGImages/{number:06d}.jpg'
+            images.append(dict(id=number, file_name=file, width=width, height=height))
+            for obj in objects:
+                mask = rle.encode(np.asfortranarray(obj.mask, dtype=np.uint8))
+                x0, y0, x1, y1 = obj.box
+                annotations.append(
+                    dict(
+                        id=len(annotations) + 1,
+                        image_id=number,
+                        category_id=CLASSES.index(obj.name) + 1,
+                        bbox=[x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1],
+                        area=int(obj.mask.sum()),
+                        iscrowd=int(obj.difficult),
+                        segmentation=dict(
+                            size=[height, width], counts=mask['counts'].decode()
+                        ),
+                    )
+                )
+        categories = [dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)]
+        content = dict(images=images, annotations=annotations, categories=categories)
+        paths.append(root / COCO / f'{split}.json')
+        paths[-1].write_text(json.dumps(content) + '\n')
+        first += count
+    return paths
+
+
 def digest(root: str | Path) -> str:
     """Hashes all files of a folder, names and contents, with SHA-256."""
     root = Path(root)
@@ -400,9 +463,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         '--size', type=int, nargs=2, default=(160, 128), metavar=('WIDTH', 'HEIGHT')
     )
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument(
+        '--coco', action='store_true', help=f'also write {COCO}/, with masks'
+    )
     args = parser.parse_args(argv)
     try:
         written = generate(args.out, args.train, args.test, tuple(args.size), args.seed)
+        if args.coco:
+            write_coco(args.out)
     except (ValueError, FileExistsError) as error:
         sys.exit(f'make_demo_voc: {error}')
     state = 'written to' if written else 'already in'

@@ -24,17 +24,19 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, Iterator
 
 import torch
 from ablate_head import parse_setting
-from benchmark_report import markdown
+from head_training import flat_gradient
+from markdown_table import markdown_table
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
-from mmengine.runner import Runner
+from mmengine.runner import Runner, set_random_seed
 from mmengine.runner.checkpoint import load_checkpoint
 from mmengine.utils import ProgressBar
 from torch import Tensor, nn
@@ -44,29 +46,25 @@ import rambo_det  # noqa: F401
 CLASSIFICATION = 'loss_cls'
 
 
-class _Swapped:
-    """Lets several losses see what a box head hands to its classification loss."""
+def watch(own: nn.Module, losses: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """Let several losses see what the head's own one is called with.
 
-    def __init__(self, head: nn.Module, losses: dict[str, nn.Module]) -> None:
-        self.head, self.losses = head, losses
-        self.found: dict[str, Tensor] = {}
-        own = head.loss_cls
-        forward = own.forward
+    Returns:
+        dict[str, Tensor]: Their values, new ones after each call of the own one.
+    """
+    found: dict[str, Tensor] = {}
+    forward = own.forward
 
-        def record(pred: Tensor, *args: Any, **kwargs: Any) -> Any:
-            for name, loss in losses.items():
-                self.found[name] = self._call(own, loss, pred, *args, **kwargs)
-            return forward(pred, *args, **kwargs)
-
-        own.forward = record
-
-    @staticmethod
-    def _call(own: nn.Module, loss: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def record(*args: Any, **kwargs: Any) -> Any:
         images = getattr(own, '_images', None)
-        if images is None or not hasattr(loss, 'images'):
-            return loss(*args, **kwargs)
-        with loss.images(*images):
-            return loss(*args, **kwargs)
+        for name, loss in losses.items():
+            known = images is not None and hasattr(loss, 'images')
+            with loss.images(*images) if known else nullcontext():
+                found[name] = loss(*args, **kwargs)
+        return forward(*args, **kwargs)
+
+    own.forward = record
+    return found
 
 
 def shared_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -85,35 +83,21 @@ def shared_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return {name: parameters for name, parameters in found.items() if parameters}
 
 
-def batch_losses(model: nn.Module, data: Any, swapped: _Swapped) -> dict[str, Tensor]:
-    """Run the detector on a batch; return each of its losses and those of --set."""
+def batch_losses(model: nn.Module, data: Any) -> dict[str, Tensor]:
+    """Run the detector on a batch; return each of its losses."""
     data = model.data_preprocessor(data, True)
-    values = model(**data, mode='loss')
-    losses = {
-        name: sum(value) if isinstance(value, list) else value
-        for name, value in values.items()
-        if 'loss' in name
-    }
-    return {**losses, **swapped.found}
+    _, values = model.parse_losses(model(**data, mode='loss'))
+    del values['loss']  # their sum
+    return {name: value for name, value in values.items() if 'loss' in name}
 
 
 def flat_gradients(
     loss: Tensor, parts: dict[str, list[nn.Parameter]]
 ) -> dict[str, Tensor]:
     """Return the gradient of a loss as one vector for each part."""
-    parameters = [p for part in parts.values() for p in part]
-    gradients = iter(
-        torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    )
-    return {
-        name: torch.cat(
-            [
-                torch.zeros_like(p).flatten() if g is None else g.flatten()
-                for p, g in zip(part, gradients)
-            ]
-        )
-        for name, part in parts.items()
-    }
+    flat = flat_gradient(loss, [p for part in parts.values() for p in part])
+    sizes = [sum(p.numel() for p in part) for part in parts.values()]
+    return dict(zip(parts, flat.split(sizes)))
 
 
 def statistics(gradients: Tensor, reference: Tensor) -> dict[str, float]:
@@ -136,18 +120,19 @@ def measure(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Return the statistics by part of the detector and by loss."""
     losses = {name: MODELS.build(value) for name, value in settings.items()}
-    swapped = _Swapped(model.roi_head.bbox_head, losses)
+    found = watch(model.roi_head.bbox_head.loss_cls, losses)
     parts = shared_parameters(model)
-    found: dict[str, dict[str, list[Tensor]]] = {part: {} for part in parts}
+    gradients: dict[str, dict[str, list[Tensor]]] = {part: {} for part in parts}
     bar = ProgressBar(count)
     for data in islice(batches, count):
-        for name, loss in batch_losses(model, data, swapped).items():
+        values = batch_losses(model, data)
+        for name, loss in {**values, **found}.items():
             for part, gradient in flat_gradients(loss, parts).items():
-                found[part].setdefault(name, []).append(gradient)
+                gradients[part].setdefault(name, []).append(gradient)
         bar.update()
     print()
     result: dict[str, dict[str, dict[str, float]]] = {}
-    for part, by_loss in found.items():
+    for part, by_loss in gradients.items():
         reference = torch.stack(by_loss[CLASSIFICATION]).mean(0)
         result[part] = {
             name: statistics(torch.stack(rows), reference)
@@ -162,7 +147,7 @@ def table(result: dict[str, dict[str, dict[str, float]]]) -> str:
         for name, row in by_loss.items():
             numbers = [f'{row["norm"]:.3g}', f'{row["between"]:.3f}']
             lines.append([f'{part}, {name}', *numbers, f'{row["alike"]:.2f}'])
-    return markdown(lines, '---')
+    return markdown_table(lines)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -183,7 +168,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if set(setting) != {'loss_cls'}:
             parser.error(f'--set {name} must be a loss, dict(type=…), got {setting}')
     register_all_modules()
-    torch.manual_seed(args.seed)
+    set_random_seed(args.seed)
     cfg = Config.fromfile(args.config)
     model = MODELS.build(copy.deepcopy(cfg.model))
     load_checkpoint(model, str(args.checkpoint), map_location='cpu')

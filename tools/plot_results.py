@@ -145,14 +145,36 @@ def _per_class(instances: dict, classes: int) -> list[np.ndarray]:
     return [rows[labels == label] for label in range(classes)]
 
 
+def _predictions(path: str | Path) -> dict[str, dict]:
+    """Reads what was predicted for each image, by image id."""
+    if Path(path).suffix != '.npz':
+        found = mmengine.load(str(path))
+        return {str(sample['img_id']): sample['pred_instances'] for sample in found}
+    with np.load(path) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    order = np.argsort(arrays['images'], kind='stable')
+    names = arrays['image_ids'].tolist()
+    bounds = np.searchsorted(arrays['images'][order], np.arange(len(names) + 1))
+    return {
+        name: {
+            key: arrays[column][order[start:stop]]
+            for key, column in dict(
+                bboxes='boxes', scores='scores', labels='labels'
+            ).items()
+        }
+        for name, start, stop in zip(names, bounds[:-1], bounds[1:])
+    }
+
+
 def load_run(
     config: str | Path, predictions: str | Path, name: str = '', iou: float = 0.5
 ) -> Run:
-    """Reads a run from a config and the file of ``tools/test.py --out``.
+    """Reads a run from a config and its predictions.
 
     Args:
         config: The config; its test dataset holds the truth.
-        predictions: The dumped predictions of that dataset.
+        predictions: The predictions for that dataset: the file of ``tools/test.py
+            --out``, or a ``detections.npz`` of tools/compare.py.
         name: What to call the run; by default the config's name.
         iou: The IoU from which a detection matches an object.
 
@@ -164,16 +186,17 @@ def load_run(
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
     classes = tuple(dataset.metainfo['classes'])
     infos = [dataset.get_data_info(index) for index in range(len(dataset))]
-    dumped = {sample['img_id']: sample for sample in mmengine.load(str(predictions))}
+    dumped = _predictions(predictions)
+    names = [str(info['img_id']) for info in infos]
 
-    missing = [info['img_id'] for info in infos if info['img_id'] not in dumped]
+    missing = [name for name in names if name not in dumped]
     if missing or len(dumped) != len(infos):
         raise ValueError(
             f'{predictions} holds predictions for {len(dumped)} images, the test '
             f'dataset of {config} has {len(infos)}, of which {len(missing)} are not '
             'among them; dump them anew with tools/test.py CONFIG CHECKPOINT --out'
         )
-    samples = [dumped[info['img_id']]['pred_instances'] for info in infos]
+    samples = [dumped[name] for name in names]
     highest = max(
         (int(s['labels'].max()) for s in samples if len(s['labels'])), default=0
     )

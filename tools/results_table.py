@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Dict, List
 
+from markdown_table import markdown_table
+
 KEY = 'pascal_voc/mAP'  # one IoU threshold, 0.5: AP50, not rounded
 
 
@@ -34,15 +36,12 @@ def table(paths: List[Path]) -> str:
     """Return the Markdown table, a row per file and a column per epoch."""
     runs = {path.stem: read_ap50(path) for path in paths}
     epochs = sorted({epoch for run in runs.values() for epoch in run})
-    rows = [
-        ['AP50 after epoch', *map(str, epochs)],
-        ['---', *['---:'] * len(epochs)],
-    ]
+    rows = [['AP50 after epoch', *map(str, epochs)]]
     for name, run in runs.items():
         rows.append(
             [name, *(f'{run[e]:.1f}' if e in run else '' for e in epochs)],
         )
-    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
+    return markdown_table(rows)
 
 
 if __name__ == '__main__':
