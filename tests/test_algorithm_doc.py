@@ -5,22 +5,13 @@ The tool takes loss and gradient from the package; the oracle knows only definit
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
+import draw_algorithm as tool
 import oracle
 import pytest
 
 ROOT = Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location(
-    'draw_algorithm', ROOT / 'tools' / 'draw_algorithm.py'
-)
-tool = importlib.util.module_from_spec(spec)
-# Its dataclasses look their module up there.
-sys.modules[spec.name] = tool
-spec.loader.exec_module(tool)
-
 SCORES, TARGETS = list(tool.SCORES), list(tool.TARGETS)
 NEGATIVES = [i for i, target in enumerate(TARGETS) if not target]
 POSITIVES = [i for i, target in enumerate(TARGETS) if target]

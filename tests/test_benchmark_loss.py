@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-TOOLS = Path(__file__).resolve().parents[1] / 'tools'
-sys.path.insert(0, str(TOOLS))
-
 pytest.importorskip('mmdet', reason='needs mmdet')
 
-import benchmark_loss  # noqa: E402
-import benchmark_report  # noqa: E402
-import oracle  # noqa: E402
-import rival_losses  # noqa: E402
+import benchmark_loss
+import benchmark_report
+import oracle
+import rival_losses
+
+TOOLS = Path(__file__).resolve().parents[1] / 'tools'
 
 
 def draw(seed, rows=9, classes=3, positives=4, spread=1.5):

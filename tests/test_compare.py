@@ -5,32 +5,24 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / 'tools'))
+from demo_configs import CE, RAMBO, ROOT
 
 pytest.importorskip('mmdet', reason='needs mmdet')
 
-import compare  # noqa: E402
-import compare_ap  # noqa: E402
-import compare_configs  # noqa: E402
-import compare_jobs  # noqa: E402
-import compare_report  # noqa: E402
-import make_demo_voc  # noqa: E402
-from plot_results import Run  # noqa: E402
-
-CE, RAMBO = (
-    ROOT / 'configs' / 'demo' / f'faster-rcnn_tiny_fpn_{name}_demo.py'
-    for name in ('ce', 'rambo')
-)
-
+import compare
+import compare_ap
+import compare_configs
+import compare_jobs
+import compare_report
+import make_demo_voc
+from atomic_file import atomic_file
+from plot_results import Run
 
 # AP
 
@@ -133,6 +125,19 @@ def test_matches_are_stored_and_read(tmp_path):
     for name, values in vars(matches).items():
         np.testing.assert_array_equal(getattr(read, name), values)
     assert [path.name for path in tmp_path.iterdir()] == ['matches.npz']
+
+
+def test_a_write_that_is_stopped_leaves_the_file(tmp_path):
+    path = tmp_path / 'record.json'
+    path.write_text('old')
+    with pytest.raises(KeyboardInterrupt), atomic_file(path) as draft:
+        draft.write_text('ne')
+        raise KeyboardInterrupt
+    assert path.read_text() == 'old'
+    with atomic_file(path) as draft:
+        draft.write_text('new')
+    assert path.read_text() == 'new'
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_run_without_detections_has_ap_0():
@@ -754,14 +759,24 @@ def test_results_of_another_config_are_refused_before_anything_is_trained(
     assert fakes.steps() == []
 
 
-def test_where_only_the_test_changed_nothing_is_trained_again(fakes, tmp_path):
+def test_where_only_the_test_changed_nothing_is_trained_again(
+    fakes, tmp_path, monkeypatch
+):
     path = variant(tmp_path, '', 'net_ce_demo.py')
     fakes.main(configs=[path])
-    fakes.steps()
+    changed_after_the_test = []
+    evaluate = compare.evaluate
+
+    def watch(plan):
+        changed_after_the_test.append(plan.only_test_changed)
+        return evaluate(plan)
+
+    monkeypatch.setattr(compare, 'evaluate', watch)
     text = 'model = dict(test_cfg=dict(rcnn=dict(score_thr=0.001)))'
     variant(tmp_path, text, 'net_ce_demo.py')
     fakes.main(configs=[path])
     assert fakes.steps() == [('ce', 'test', '')]
+    assert changed_after_the_test == [False]
     fakes.main(configs=[path])
     assert fakes.steps() == []
 

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
 import cv2
+import make_demo_voc
 import numpy as np
 import pytest
-
-TOOLS = Path(__file__).resolve().parents[1] / 'tools'
-sys.path.insert(0, str(TOOLS))
-
-import make_demo_voc  # noqa: E402
 
 TRAIN, TEST, SIZE = 40, 24, (128, 96)
 
@@ -209,3 +204,40 @@ def test_command_line_explains_a_refusal(tmp_path, capsys):
     assert '2 + 1 images written to' in capsys.readouterr().out
     with pytest.raises(SystemExit, match='train must be at least 1'):
         make_demo_voc.main(['--out', str(tmp_path / 'new'), '--train', '0'])
+
+
+def test_coco_annotations_are_those_of_voc(tmp_path):
+    pytest.importorskip('pycocotools', reason='reads COCO annotations')
+    from pycocotools.coco import COCO
+
+    make_demo_voc.generate(tmp_path / 'voc', 6, 3, (128, 96), seed=3)
+    before = make_demo_voc.digest(tmp_path / 'voc')
+    paths = make_demo_voc.write_coco(tmp_path / 'voc')
+    for split, path in zip(make_demo_voc.SPLITS, paths):
+        data = COCO(str(path))
+        count, first = (6, 1) if split == 'trainval' else (3, 7)
+        scenes = make_demo_voc.iter_scenes(split, count, (128, 96), 3)
+        for number, (image, objects) in enumerate(scenes, start=first):
+            entry = data.loadImgs(number)[0]
+            assert (tmp_path / 'voc' / entry['file_name']).is_file()
+            assert (entry['height'], entry['width']) == image.shape[:2]
+            annotations = data.loadAnns(data.getAnnIds(number))
+            assert len(annotations) == len(objects)
+            for annotation, obj in zip(annotations, objects):
+                assert np.array_equal(data.annToMask(annotation), obj.mask)
+                assert annotation['area'] == obj.mask.sum()
+                assert annotation['iscrowd'] == obj.difficult
+                (category,) = data.loadCats(annotation['category_id'])
+                assert category['name'] == obj.name
+                x, y, width, height = annotation['bbox']
+                assert (x + 1, y + 1, x + width, y + height) == obj.box
+    # Nothing else has changed.
+    for path in paths:
+        path.unlink()
+    paths[0].parent.rmdir()
+    assert make_demo_voc.digest(tmp_path / 'voc') == before
+
+
+def test_coco_needs_the_data(tmp_path):
+    with pytest.raises(FileNotFoundError, match='holds no generated data set'):
+        make_demo_voc.write_coco(tmp_path)

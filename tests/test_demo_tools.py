@@ -8,25 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / 'tools'))
-
-import make_demo_voc  # noqa: E402
+from demo_configs import CE, RAMBO
 
 pytest.importorskip('mmdet', reason='needs mmdet')
 
-import demo  # noqa: E402
-import mmengine  # noqa: E402
-import plot_results  # noqa: E402
-import torch  # noqa: E402
-from mmdet.evaluation import VOCMetric  # noqa: E402
-from mmengine.config import Config  # noqa: E402
-
-CONFIGS = {
-    name: ROOT / 'configs' / 'demo' / f'faster-rcnn_tiny_fpn_{name}_demo.py'
-    for name in ('rambo', 'ce')
-}
+import compare
+import demo
+import make_demo_voc
+import mmengine
+import plot_results
+import torch
+from mmdet.evaluation import VOCMetric
+from mmengine.config import Config
 
 
 @pytest.fixture(scope='module')
@@ -74,7 +67,7 @@ def load(data, tmp_path, monkeypatch):
 
     def load(noise: float, name: str = '') -> plot_results.Run:
         path = _dump(data, tmp_path / f'predictions{noise}.pkl', noise)
-        return plot_results.load_run(CONFIGS['rambo'], path, name)
+        return plot_results.load_run(RAMBO, path, name)
 
     return load
 
@@ -90,6 +83,16 @@ def test_perfect_detections_have_ap_1(load, tmp_path):
     assert run.mean_ap == 1.0
     plot_results.plot_pr_curves([run], tmp_path / 'pr.png')
     assert _is_png(tmp_path / 'pr.png')
+
+
+def test_kept_detections_load_like_the_dumped_ones(load, tmp_path):
+    run = load(2.0, 'run')
+    compare._keep_detections(run, tmp_path / 'detections.npz')
+    kept = plot_results.load_run(RAMBO, tmp_path / 'detections.npz', 'run')
+    assert len(kept.detections) == len(run.detections) > 0
+    for found, expected in zip(kept.detections, run.detections):
+        for rows, others in zip(found, expected):
+            np.testing.assert_array_equal(rows, others)
 
 
 @pytest.mark.parametrize('mode', ['area', '11points'])
@@ -136,10 +139,10 @@ def test_curves_list_scores_with_their_precision(load):
 def test_command_line_draws_one_run_and_two(load, data, tmp_path, capsys):
     load(0.0), load(2.0)
     first, second = (str(tmp_path / f'predictions{n}.pkl') for n in (0.0, 2.0))
-    rambo, ce = str(CONFIGS['rambo']), str(CONFIGS['ce'])
-    for out, compare in (('one', []), ('two', ['--compare', ce, second])):
+    rambo, ce = str(RAMBO), str(CE)
+    for out, others in (('one', []), ('two', ['--compare', ce, second])):
         plot_results.main(
-            [rambo, first, *compare, '--images', '3', '--out', str(tmp_path / out)]
+            [rambo, first, *others, '--images', '3', '--out', str(tmp_path / out)]
         )
         assert _is_png(tmp_path / out / 'detections.png')
         assert _is_png(tmp_path / out / 'pr_curves.png')
@@ -160,15 +163,15 @@ def test_predictions_of_other_images_are_refused(load, tmp_path):
     samples = mmengine.load(tmp_path / 'predictions0.0.pkl')
     mmengine.dump(samples[1:], tmp_path / 'fewer.pkl')
     with pytest.raises(ValueError, match=r'for 15 images, the test dataset .* has 16'):
-        plot_results.load_run(CONFIGS['rambo'], tmp_path / 'fewer.pkl')
+        plot_results.load_run(RAMBO, tmp_path / 'fewer.pkl')
     samples[0]['pred_instances']['labels'] += 6
     mmengine.dump(samples, tmp_path / 'classes.pkl')
     with pytest.raises(ValueError, match='only the 6 classes 0 to 5: disc, square'):
-        plot_results.load_run(CONFIGS['rambo'], tmp_path / 'classes.pkl')
+        plot_results.load_run(RAMBO, tmp_path / 'classes.pkl')
 
 
 def test_twin_config_differs_in_the_loss_alone():
-    rambo, ce = (Config.fromfile(CONFIGS[name]).to_dict() for name in ('rambo', 'ce'))
+    rambo, ce = (Config.fromfile(path).to_dict() for path in (RAMBO, CE))
     heads = [cfg['model']['roi_head']['bbox_head'] for cfg in (rambo, ce)]
     assert [head.pop('loss_cls')['type'] for head in heads] == [
         'RaMBOLoss',
@@ -180,12 +183,12 @@ def test_twin_config_differs_in_the_loss_alone():
     ]
     # The schedule is one of the loss' lambda.
     schedule = [hook['type'] for hook in rambo.pop('custom_hooks')]
-    assert (schedule, ce.pop('custom_hooks')) == (['LambdScheduleHook'], [])
+    assert (schedule, ce.pop('custom_hooks')) == (['RaMBOScheduleHook'], [])
     assert rambo == ce
 
 
 def test_demo_configs_use_the_generator_s_classes_and_no_pretrained_weights():
-    cfg = Config.fromfile(CONFIGS['rambo'])
+    cfg = Config.fromfile(RAMBO)
     assert cfg.classes == make_demo_voc.CLASSES
     assert cfg.load_from is None
     assert cfg.model.backbone.get('init_cfg') is None

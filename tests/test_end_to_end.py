@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from demo_configs import RAMBO, ROOT
 
 pytest.importorskip('mmdet', reason='runs the scripts of mmdet')
 from mmdet.apis import DetInferencer
@@ -16,9 +17,7 @@ from mmengine.config import Config
 
 from rambo_det.checkpoint import allow_mmengine_checkpoints
 
-ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / 'shared'
-CONFIG = ROOT / 'configs' / 'demo' / 'faster-rcnn_tiny_fpn_rambo_demo.py'
 MEMORY = 'roi_head.bbox_head.loss_cls._extra_state'
 
 
@@ -54,7 +53,7 @@ def trained(tmp_path_factory):
 
 def train_arguments(work_dir, epochs):
     return [
-        str(CONFIG),
+        str(RAMBO),
         '--work-dir',
         str(work_dir),
         '--cfg-options',
@@ -78,7 +77,7 @@ def test_mmdets_test_script_reads_it(trained):
     work_dir, environment = trained
     checkpoint = str(work_dir / 'epoch_1.pth')
     log = run(
-        'test.py', str(CONFIG), checkpoint, '--work-dir', str(work_dir), **environment
+        'test.py', str(RAMBO), checkpoint, '--work-dir', str(work_dir), **environment
     )
     assert 'pascal_voc/AP50' in log
 
@@ -87,7 +86,7 @@ def test_inferencer_reads_it(trained):
     work_dir, environment = trained
     image = next(Path(environment['RAMBO_DEMO_DATA']).glob('JPEGImages/*.jpg'))
     inferencer = DetInferencer(
-        str(CONFIG), str(work_dir / 'epoch_1.pth'), device='cpu', show_progress=False
+        str(RAMBO), str(work_dir / 'epoch_1.pth'), device='cpu', show_progress=False
     )
     (prediction,) = inferencer(str(image))['predictions']
     assert len(prediction['scores']) == len(prediction['labels'])

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / 'tools'))
+from demo_configs import RAMBO
 
 pytest.importorskip('mmdet', reason='needs mmdet')
 
-import make_demo_voc  # noqa: E402
-import measure_gradients as tool  # noqa: E402
-from mmdet.registry import MODELS  # noqa: E402
-from mmdet.utils import register_all_modules  # noqa: E402
-from mmengine.config import Config  # noqa: E402
+import make_demo_voc
+import measure_gradients as tool
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
 
-RAMBO = ROOT / 'configs' / 'demo' / 'faster-rcnn_tiny_fpn_rambo_demo.py'
-LOSS = 'dict(type="RaMBOLoss", lambd=3.0, margin_noise=False, memory=0, '
+LOSS = (
+    'dict(type="RaMBOLoss", loss_weight={weight}, lambd=3.0, margin_noise=False, '
+    'memory=0, class_ap=dict(span="{span}"), pooled_ap=dict(span="{span}"))'
+)
 
 
 @pytest.fixture
@@ -46,11 +44,10 @@ def test_statistics():
 
 
 def test_losses_in_place_of_the_own_one(checkpoint, tmp_path, capsys):
-    spans = 'class_ap=dict(span="image"), pooled_ap=dict(span="image"))'
     arguments = [str(RAMBO), str(checkpoint), '--batches', '2']
-    arguments += ['--set', 'image', f'{LOSS}{spans}']
-    arguments += ['--set', 'ten', f'{LOSS}loss_weight=10.0, {spans}']
-    arguments += ['--set', 'batch', LOSS + spans.replace('image', 'batch')]
+    arguments += ['--set', 'image', LOSS.format(weight=1.0, span='image')]
+    arguments += ['--set', 'ten', LOSS.format(weight=10.0, span='image')]
+    arguments += ['--set', 'batch', LOSS.format(weight=1.0, span='batch')]
     report = tool.main([*arguments, '--out', str(tmp_path / 'out.json')])
     assert json.loads((tmp_path / 'out.json').read_text()) == report
     printed = capsys.readouterr().out

@@ -1,24 +1,15 @@
 """The tables in the docs are what the tool prints of the results files."""
 
-import importlib.util
 import json
 from pathlib import Path
 
+import benchmark_report
+import compare_report
 import pytest
+import results_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / 'docs' / 'results'
-
-
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / 'tools' / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-results_table = load_tool('results_table')
-benchmark_report = load_tool('benchmark_report')
 
 
 def test_table(tmp_path):
@@ -46,10 +37,7 @@ COMPARED = [folder for folder in FOLDERS if (folder / 'comparison.json').exists(
 
 
 @pytest.mark.parametrize('folder', COMPARED)
-def test_docs_show_what_was_compared(folder, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    import compare_report
-
+def test_docs_show_what_was_compared(folder):
     comparison, groups = compare_report.read_comparison(folder)
     name = comparison['name']
     pages = [ROOT / 'README.md', *(ROOT / 'docs').rglob('*.md')]
@@ -80,10 +68,10 @@ def test_benchmark_page_shows_what_the_files_hold():
     assert benchmark_report.operators_section('roi', operators) in page
 
 
-def test_voc_subset_shows_what_the_files_hold(monkeypatch):
+def test_voc_subset_shows_what_the_files_hold():
     pytest.importorskip('mmdet', reason='the tools need mmdet')
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
     import ablate_report
+    import error_kinds
     import measure_gradients
 
     page = (ROOT / 'docs' / 'results.md').read_text(encoding='utf-8')
@@ -99,3 +87,14 @@ def test_voc_subset_shows_what_the_files_hold(monkeypatch):
     path = RESULTS / 'voc-subset-gradients.json'
     gradients = json.loads(path.read_text(encoding='utf-8'))
     assert measure_gradients.table(gradients['result']) in page
+    path = RESULTS / 'voc-subset-errors.json'
+    assert error_kinds.table(json.loads(path.read_text(encoding='utf-8'))) in page
+
+
+def test_detectors_page_shows_the_measured_thresholds():
+    pytest.importorskip('mmdet', reason='the tools need mmdet')
+    import measure_thresholds
+
+    content = json.loads((RESULTS / 'thresholds.json').read_text(encoding='utf-8'))
+    page = (ROOT / 'docs' / 'detectors.md').read_text(encoding='utf-8')
+    assert measure_thresholds.table(content) in page
