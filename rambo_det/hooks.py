@@ -1,7 +1,7 @@
 """Hooks registered in mmengine's ``HOOKS``."""
 
 import math
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, List, Optional
 
 from mmdet.registry import HOOKS
 from mmengine.hooks import Hook
@@ -10,13 +10,7 @@ from mmengine.runner import IterBasedTrainLoop
 
 from .losses import SCHEDULED, RaMBOLoss
 
-# From 0 at the start of the interval to 1 at its end.
-_CURVES: Dict[str, Callable[[float], float]] = {
-    'linear': lambda progress: progress,
-    'cosine': lambda progress: (1 - math.cos(math.pi * progress)) / 2,
-    'exponential': lambda progress: progress,  # of the logarithm
-    'step': lambda progress: progress,
-}
+_CURVES = ('linear', 'cosine', 'exponential', 'step')
 
 
 def _losses(runner: Any) -> List[RaMBOLoss]:
@@ -75,9 +69,7 @@ class RaMBOScheduleHook(Hook):
         if param not in SCHEDULED:
             raise ValueError(f'{name}: param must be one of {SCHEDULED}, got {param!r}')
         if curve not in _CURVES:
-            raise ValueError(
-                f'{name}: curve must be one of {tuple(_CURVES)}, got {curve!r}'
-            )
+            raise ValueError(f'{name}: curve must be one of {_CURVES}, got {curve!r}')
         positive = param == 'lambd' or curve == 'exponential'
         for factor in (start, end):
             if not 0 <= factor < math.inf or (positive and factor == 0):
@@ -121,13 +113,15 @@ class RaMBOScheduleHook(Hook):
         begin = self.begin * unit
         until = num_iterations if self.until is None else self.until * unit
         if self.curve == 'step':
-            progress = float(iteration >= begin)
-        else:  # the last iteration of the interval has the end
-            progress = (iteration - begin) / max(until - 1 - begin, 1)
-        share = _CURVES[self.curve](min(max(progress, 0.0), 1.0))
+            return self.end if iteration >= begin else self.start
+        # The last iteration of the interval has the end.
+        progress = (iteration - begin) / max(until - 1 - begin, 1)
+        progress = min(max(progress, 0.0), 1.0)
         if self.curve == 'exponential':
-            return self.start * (self.end / self.start) ** share
-        return self.start + (self.end - self.start) * share
+            return self.start * (self.end / self.start) ** progress
+        if self.curve == 'cosine':
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return self.start + (self.end - self.start) * progress
 
     def before_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Optional[Any] = None

@@ -1,4 +1,4 @@
-"""What heads without a background column fill in for their loss in the config."""
+"""What dense and query heads fill in for their loss, and which rows they say it has."""
 
 from typing import Any, Dict, Mapping, Type
 
@@ -6,7 +6,7 @@ import torch
 from mmdet.registry import MODELS
 from torch import Tensor
 
-from ..losses import RaMBOLoss
+from ..losses import WITH_BACKGROUND, RaMBOLoss
 
 
 def complete_loss_config(
@@ -40,7 +40,7 @@ def complete_loss_config(
     if not (isinstance(kind, type) and issubclass(kind, RaMBOLoss)):
         return loss_cls
     result: Dict[str, Any] = {'scores': 'logits', 'memory': 0, **loss_cls}
-    softmax = result['scores'] in ('softmax', 'log_softmax')
+    softmax = result['scores'] in WITH_BACKGROUND
     result.setdefault('use_sigmoid', not softmax)
     if softmax and not background:
         raise ValueError(

@@ -10,7 +10,6 @@ from typing import (
     Dict,
     Iterator,
     List,
-    NamedTuple,
     Optional,
     Tuple,
     Union,
@@ -26,74 +25,21 @@ from ..functional import (
     detection_ap_loss,
     detection_average_precision,
 )
+from .arguments import (
+    DEFAULTS,
+    SCORES,
+    WITH_BACKGROUND,
+    Term,
+    build_auxiliary,
+    number,
+    parse_term,
+)
 from .calls import Call, OpenCalls, calling_head, hard_labels, merge_calls
+from .checks import check_reduction, check_shapes, check_values
 
-_SPANS = {
-    'class_ap': ('memory', 'batch', 'image'),
-    'pooled_ap': ('batch', 'image', 'row'),
-}
-_DEFAULTS = {
-    'class_ap': dict(weight=2 / 3, span='memory'),
-    'pooled_ap': dict(weight=1 / 3, span='image'),
-}
-_SCORES = ('logits', 'sigmoid', 'softmax', 'log_softmax')
 IGNORED = -1
 # What RaMBOScheduleHook can change during training.
 SCHEDULED = ('lambd', 'margin', 'loss_weight', 'auxiliary')
-
-
-class _Term(NamedTuple):
-    """One term of the loss: its weight, what a sequence spans, and its λ."""
-
-    name: str
-    weight: float
-    span: str
-    lambd: float
-
-    @property
-    def per_class(self) -> bool:
-        return self.name == 'class_ap'
-
-
-def _number(name: str, value: Any, positive: bool = False) -> float:
-    """Return a finite number >= 0 (or > 0) or raise an error that names it."""
-    low = 'positive' if positive else 'non-negative'
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f'RaMBOLoss: {name} must be a {low} number, got {value!r}')
-    if not (value > 0 if positive else value >= 0) or value == float('inf'):
-        raise ValueError(
-            f'RaMBOLoss: {name} must be a finite {low} number, got {value!r}'
-        )
-    return float(value)
-
-
-def _parse_term(
-    name: str, spec: Optional[Dict[str, Any]], lambd: float
-) -> Optional[_Term]:
-    """Check one term's dictionary; ``None`` or weight 0 switch the term off."""
-    if spec is None:
-        return None
-    if not isinstance(spec, dict):
-        raise TypeError(
-            f'RaMBOLoss: {name} must be None or dict(weight=…, span=…, lambd=…), '
-            f'got {spec!r}'
-        )
-    unknown = set(spec) - {'weight', 'span', 'lambd'}
-    if unknown:
-        raise ValueError(
-            f'RaMBOLoss: {name} has unknown keys {sorted(unknown)}; it takes weight, '
-            'span and lambd'
-        )
-    spec = {**_DEFAULTS[name], **spec}
-    if spec['span'] not in _SPANS[name]:
-        raise ValueError(
-            f'RaMBOLoss: {name} has span {spec["span"]!r}, expected one of '
-            f'{_SPANS[name]}'
-        )
-    weight = _number(f'{name}.weight', spec['weight'])
-    own = spec.get('lambd')
-    lambd = lambd if own is None else _number(f'{name}.lambd', own, positive=True)
-    return _Term(name, weight, spec['span'], lambd) if weight else None
 
 
 def _not_compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -175,19 +121,19 @@ class RaMBOLoss(nn.Module):
         margin_noise: bool = True,
         memory: int = 7,
         scores: str = 'logits',
-        class_ap: Optional[Dict[str, Any]] = _DEFAULTS['class_ap'],
-        pooled_ap: Optional[Dict[str, Any]] = _DEFAULTS['pooled_ap'],
+        class_ap: Optional[Dict[str, Any]] = DEFAULTS['class_ap'],
+        pooled_ap: Optional[Dict[str, Any]] = DEFAULTS['pooled_ap'],
         use_sigmoid: bool = True,
         loss_weight: float = 30.0,
         auxiliary: Optional[Dict[str, Any]] = None,
         check_values: bool = True,
     ) -> None:
         super().__init__()
-        if scores not in _SCORES:
+        if scores not in SCORES:
             raise ValueError(
-                f'RaMBOLoss: scores must be one of {_SCORES}, got {scores!r}'
+                f'RaMBOLoss: scores must be one of {SCORES}, got {scores!r}'
             )
-        has_background = scores in ('softmax', 'log_softmax')
+        has_background = scores in WITH_BACKGROUND
         if use_sigmoid == has_background:
             raise ValueError(
                 f'RaMBOLoss: scores={scores!r} needs use_sigmoid='
@@ -198,15 +144,15 @@ class RaMBOLoss(nn.Module):
             raise ValueError(
                 f'RaMBOLoss: memory must be a number of steps >= 0, got {memory!r}'
             )
-        self.lambd = _number('lambd', lambd, positive=True)
-        self.margin = _number('margin', margin)
+        self.lambd = number('lambd', lambd, positive=True)
+        self.margin = number('margin', margin)
         self.margin_noise = bool(margin_noise)
         self.memory = memory
         self.scores = scores
         self.has_background = has_background
         parsed = (
-            _parse_term('class_ap', class_ap, self.lambd),
-            _parse_term('pooled_ap', pooled_ap, self.lambd),
+            parse_term('class_ap', class_ap, self.lambd),
+            parse_term('pooled_ap', pooled_ap, self.lambd),
         )
         self.terms = tuple(term for term in parsed if term is not None)
         if not self.terms:
@@ -215,8 +161,8 @@ class RaMBOLoss(nn.Module):
                 'weight > 0'
             )
         self.use_sigmoid = use_sigmoid
-        self.loss_weight = _number('loss_weight', loss_weight)
-        self.auxiliary = self._build_auxiliary(auxiliary)
+        self.loss_weight = number('loss_weight', loss_weight)
+        self.auxiliary = build_auxiliary(auxiliary, scores, use_sigmoid)
         self.check_values = bool(check_values)
         # Set by RaMBOScheduleHook, from the iteration alone: no state to be saved.
         self.factors = dict.fromkeys(SCHEDULED, 1.0)
@@ -231,23 +177,6 @@ class RaMBOLoss(nn.Module):
         self.custom_cls_channels = True
         self.custom_activation = True
         self.custom_accuracy = True
-
-    def _build_auxiliary(self, config: Optional[Dict[str, Any]]) -> Optional[nn.Module]:
-        if config is None:
-            return None
-        if not isinstance(config, dict):
-            raise TypeError(
-                'RaMBOLoss: auxiliary must be None or the config of a loss, such as '
-                f"dict(type='CrossEntropyLoss'), got {config!r}"
-            )
-        loss = MODELS.build(config)
-        if bool(getattr(loss, 'use_sigmoid', False)) != self.use_sigmoid:
-            raise ValueError(
-                f'RaMBOLoss: scores={self.scores!r} needs an auxiliary loss with '
-                f'use_sigmoid={self.use_sigmoid}, as both are computed from the same '
-                f'columns, got {config!r}'
-            )
-        return loss
 
     def extra_repr(self) -> str:
         """Show the settings in the printed model."""
@@ -391,7 +320,9 @@ class RaMBOLoss(nn.Module):
             RuntimeError: If a head without binding calls once per pyramid level.
         """
         target = hard_labels(target)
-        self._check_shapes(pred, target, weight, reduction_override)
+        check_reduction(reduction_override)
+        index = None if self._images is None else self._images[0]
+        check_shapes(pred, target, weight, index, self.has_background)
         if self._deferred is not None:
             self._deferred.append(Call(pred, target, weight, avg_factor))
             return pred[:0].sum()
@@ -400,7 +331,7 @@ class RaMBOLoss(nn.Module):
         ignored = None if weight is None else weight == 0
         any_ignored = True
         if self.check_values:
-            any_ignored = self._check_values(pred, labels, ignored, num_classes)
+            any_ignored = check_values(pred, labels, ignored, num_classes)
         if ignored is not None:
             labels = labels.masked_fill(ignored, IGNORED)
 
@@ -464,7 +395,7 @@ class RaMBOLoss(nn.Module):
         return pred
 
     def _ranking(
-        self, term: _Term, labels: Tensor, images: Optional[Tuple[Tensor, int]]
+        self, term: Term, labels: Tensor, images: Optional[Tuple[Tensor, int]]
     ) -> Ranking:
         """Return what one term ranks; ``labels`` are those of this step's rows."""
         lambd = term.lambd * self.factors['lambd']
@@ -486,79 +417,6 @@ class RaMBOLoss(nn.Module):
                     stacklevel=3,
                 )
         return Ranking(lambd, term.per_class, num_rows=rows)
-
-    def _check_shapes(
-        self,
-        pred: Tensor,
-        target: Tensor,
-        weight: Optional[Tensor],
-        reduction_override: Optional[str],
-    ) -> None:
-        if reduction_override not in (None, 'mean', 'sum'):
-            raise ValueError(
-                f'RaMBOLoss: reduction_override={reduction_override!r} is not '
-                "possible: a ranking has no loss per row. Use None, 'mean' or 'sum' "
-                '(the same here)'
-            )
-        least = 1 + self.has_background
-        if not pred.is_floating_point():
-            raise TypeError(f'RaMBOLoss: pred must be floating point, got {pred.dtype}')
-        if pred.dim() != 2 or pred.size(1) < least:
-            raise ValueError(
-                'RaMBOLoss: pred must have shape (N, C)'
-                + (' with C + 1 columns for softmax' if least == 2 else '')
-                + f', got {tuple(pred.shape)}'
-            )
-        if target.is_floating_point() or target.dtype == torch.bool:
-            raise TypeError(
-                f'RaMBOLoss: target must hold integer labels, got {target.dtype}'
-            )
-        given = [('target', target), ('weight', weight)]
-        if self._images is not None:
-            given.append(('the image index', self._images[0]))
-        for name, value in given:
-            if value is not None and value.shape != pred.shape[:1]:
-                raise ValueError(
-                    f'RaMBOLoss: {name} must have shape ({pred.size(0)},), one value '
-                    f'per row of pred {tuple(pred.shape)}, got {tuple(value.shape)}'
-                )
-
-    def _check_values(
-        self,
-        pred: Tensor,
-        labels: Tensor,
-        ignored: Optional[Tensor],
-        num_classes: int,
-    ) -> bool:
-        """Raise on NaN and bad labels; return whether any row is ignored."""
-        pred = pred.detach()
-        wrong = (labels < 0) | (labels > num_classes)
-        # The sum is NaN if an entry is; it may be for others' sake (inf - inf), so a
-        # closer look follows. One synchronisation for all three answers.
-        suspicious = pred.sum(dtype=torch.float32).isnan()
-        none = wrong.new_zeros(())
-        flags = torch.stack(
-            [suspicious, wrong.any(), none if ignored is None else ignored.any()]
-        ).tolist()
-        if not (flags[0] or flags[1]):
-            return bool(flags[2])
-        nan = torch.isnan(pred)
-        if ignored is not None:
-            nan, wrong = nan & ~ignored.unsqueeze(1), wrong & ~ignored
-        if bool(wrong.any()):
-            raise ValueError(
-                'RaMBOLoss: target must hold labels 0..C-1 (foreground) and C '
-                f'(background) with C = {num_classes} columns of pred, got '
-                f'{labels[wrong].unique().tolist()}; check num_classes of the head and '
-                'the classes of the data set'
-            )
-        if bool(nan.any()):
-            raise ValueError(
-                f'RaMBOLoss: pred contains NaN ({int(nan.sum())} of {nan.numel()} '
-                'entries), which has no rank: training has diverged. Lower the '
-                'learning rate, clip gradients, or look for zero-area boxes in the data'
-            )
-        return bool(flags[2])
 
     # The score memory
 

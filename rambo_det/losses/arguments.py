@@ -1,0 +1,94 @@
+"""The arguments of RaMBOLoss: checked, and its terms parsed."""
+
+from typing import Any, Dict, NamedTuple, Optional
+
+from mmdet.registry import MODELS
+from torch import nn
+
+SPANS = {
+    'class_ap': ('memory', 'batch', 'image'),
+    'pooled_ap': ('batch', 'image', 'row'),
+}
+DEFAULTS = {
+    'class_ap': dict(weight=2 / 3, span='memory'),
+    'pooled_ap': dict(weight=1 / 3, span='image'),
+}
+SCORES = ('logits', 'sigmoid', 'softmax', 'log_softmax')
+# Those that have a background column.
+WITH_BACKGROUND = ('softmax', 'log_softmax')
+
+
+class Term(NamedTuple):
+    """One term of the loss: its weight, what a sequence spans, and its λ."""
+
+    name: str
+    weight: float
+    span: str
+    lambd: float
+
+    @property
+    def per_class(self) -> bool:
+        """Whether each class has a sequence of its own."""
+        return self.name == 'class_ap'
+
+
+def number(name: str, value: Any, positive: bool = False) -> float:
+    """Return a finite number >= 0 (or > 0) or raise an error that names it."""
+    low = 'positive' if positive else 'non-negative'
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f'RaMBOLoss: {name} must be a {low} number, got {value!r}')
+    if not (value > 0 if positive else value >= 0) or value == float('inf'):
+        raise ValueError(
+            f'RaMBOLoss: {name} must be a finite {low} number, got {value!r}'
+        )
+    return float(value)
+
+
+def parse_term(
+    name: str, spec: Optional[Dict[str, Any]], lambd: float
+) -> Optional[Term]:
+    """Check one term's dictionary; ``None`` or weight 0 switch the term off."""
+    if spec is None:
+        return None
+    if not isinstance(spec, dict):
+        raise TypeError(
+            f'RaMBOLoss: {name} must be None or dict(weight=…, span=…, lambd=…), '
+            f'got {spec!r}'
+        )
+    unknown = set(spec) - {'weight', 'span', 'lambd'}
+    if unknown:
+        raise ValueError(
+            f'RaMBOLoss: {name} has unknown keys {sorted(unknown)}; it takes weight, '
+            'span and lambd'
+        )
+    spec = {**DEFAULTS[name], **spec}
+    if spec['span'] not in SPANS[name]:
+        raise ValueError(
+            f'RaMBOLoss: {name} has span {spec["span"]!r}, expected one of '
+            f'{SPANS[name]}'
+        )
+    weight = number(f'{name}.weight', spec['weight'])
+    own = spec.get('lambd')
+    lambd = lambd if own is None else number(f'{name}.lambd', own, positive=True)
+    return Term(name, weight, spec['span'], lambd) if weight else None
+
+
+def build_auxiliary(
+    config: Optional[Dict[str, Any]], scores: str, use_sigmoid: bool
+) -> Optional[nn.Module]:
+    """Build the auxiliary loss, which must read the columns that the ranking reads."""
+    if config is None:
+        return None
+    if not isinstance(config, dict):
+        raise TypeError(
+            'RaMBOLoss: auxiliary must be None or the config of a loss, such as '
+            f"dict(type='CrossEntropyLoss'), got {config!r}"
+        )
+    loss = MODELS.build(config)
+    if bool(getattr(loss, 'use_sigmoid', False)) != use_sigmoid:
+        raise ValueError(
+            f'RaMBOLoss: scores={scores!r} needs an auxiliary loss with '
+            f'use_sigmoid={use_sigmoid}, as both are computed from the same columns, '
+            f'got {config!r}'
+        )
+    return loss
