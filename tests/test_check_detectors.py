@@ -69,7 +69,7 @@ def test_every_part_has_to_pass(change):
     assert not check_detectors.passed(dict(two_processes=True))
 
 
-def test_table_joins_what_shrinks_to_the_same_and_hides_what_failed(tmp_path):
+def test_table_joins_what_shrinks_to_the_same_and_hides_what_failed():
     other = dict(FOUND, key='other', end=0.75)
     results = {'a/b': FOUND, 'c/d': FOUND, 'e/f': dict(ok=False), 'g/h': other}
     text = check_detectors.table(results)
@@ -77,14 +77,6 @@ def test_table_joins_what_shrinks_to_the_same_and_hides_what_failed(tmp_path):
         '| `a/b`<br>`c/d` | `RaMBOHead` | 0.20 → 0.50 | yes | yes | yes |',
         '| `g/h` | `RaMBOHead` | 0.20 → 0.75 | yes | yes | yes |',
     ]
-    page = tmp_path / 'page.md'
-    page.write_text('above\n<!-- detectors -->\nold\n<!-- end detectors -->\nbelow\n')
-    check_detectors.update(page, text)
-    first, last = check_detectors.MARKS
-    assert page.read_text() == f'above\n{first}\n{text}\n{last}\nbelow\n'
-    page.write_text('nothing')
-    with pytest.raises(ValueError, match='lacks the lines'):
-        check_detectors.update(page, text)
 
 
 def test_an_unknown_name_is_refused(capsys):

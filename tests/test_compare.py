@@ -22,6 +22,7 @@ import compare_jobs
 import compare_report
 import make_demo_voc
 from atomic_file import atomic_file
+from markdown_table import update_page
 from plot_results import Run
 
 # AP
@@ -120,10 +121,26 @@ def test_a_resample_without_an_object_of_a_class_leaves_the_class_out():
 
 def test_matches_are_stored_and_read(tmp_path):
     matches = compare_ap.match(random_run(2))
+    # Nothing of a class is found: none of its detections matters.
+    flags = np.where(matches.labels == 1, compare_ap.MISS, matches.flags)
+    matches = compare_ap.Matches(**{**vars(matches), 'flags': flags})
     matches.save(tmp_path / 'matches.npz')
     read = compare_ap.Matches.load(tmp_path / 'matches.npz')
-    for name, values in vars(matches).items():
-        np.testing.assert_array_equal(getattr(read, name), values)
+    np.testing.assert_array_equal(read.objects, matches.objects)
+    drawn = np.random.default_rng(0).integers(0, 3, (20, 12))
+    for measure in (
+        compare_ap.class_ap,
+        compare_ap.mean_precision,
+        lambda found: compare_ap.class_ap(found, drawn),
+    ):
+        np.testing.assert_array_equal(measure(read), measure(matches))
+    # Without what comes after the last hit of each class.
+    for found, whole in zip(read.by_class(), matches.by_class()):
+        kept, flags = read.flags[found], matches.flags[whole]
+        assert kept.tolist() == flags[: len(kept)].tolist()
+        assert compare_ap.HIT not in flags[len(kept) :]
+        assert not len(kept) or kept[-1] == compare_ap.HIT
+    assert 0 < len(read.flags) < len(matches.flags)
     assert [path.name for path in tmp_path.iterdir()] == ['matches.npz']
 
 
@@ -168,7 +185,7 @@ def test_resamples_are_the_same_for_all_runs_and_repeatable():
     a, b = (compare_ap.match(random_run(5)) for _ in range(2))
     flags = b.flags.copy()
     flags[flags == 1] = np.where(np.arange((flags == 1).sum()) % 2, 1, -1)
-    b = compare_ap.Matches(b.scores, b.labels, b.images, flags, b.objects)
+    b = compare_ap.Matches(b.labels, b.images, flags, b.objects)
     ap = compare_ap.resampled_ap([a, a, b], 300, seed=1)
     assert ap.shape == (3, 300)
     np.testing.assert_array_equal(ap[0], ap[1])
@@ -366,7 +383,7 @@ def test_pages_without_their_markers_are_left_alone(tmp_path, text):
     if text is not None:
         page.write_text(text)
     with pytest.raises(ValueError, match=r"expected one line '<!-- compare voc -->'"):
-        compare_report.update_page(page, 'voc', 'table')
+        update_page(page, *compare_report.marks('voc'), 'table')
     assert (page.read_text() if page.exists() else None) == text
 
 
@@ -754,7 +771,10 @@ def test_results_of_another_config_are_refused_before_anything_is_trained(
         fakes.main(configs=[path])
     variant(tmp_path, '', 'net_ce_demo.py')
     (fakes.folder(path) / 'run.json').unlink()
-    with pytest.raises(SystemExit, match='not the detections in'):
+    fakes.main(configs=[path])  # on another machine, with the results alone
+    assert fakes.steps() == []
+    next(fakes.out.glob('*.npz')).unlink()
+    with pytest.raises(SystemExit, match=r'is there, but not .*seed_0\.npz beside it'):
         fakes.main(configs=[path])
     assert fakes.steps() == []
 
@@ -929,12 +949,13 @@ def test_real_trainings_end_to_end(tmp_path, monkeypatch, capsys):
         config = next(folder.glob('2*/vis_data/config.py')).read_text()
         assert 'randomness = dict(seed=3)' in config
         with np.load(folder / 'detections.npz') as kept:
-            assert (
-                len(kept['boxes'])
-                == len(compare_ap.Matches.load(folder / 'matches.npz').scores)
-                > 0
-            )
+            labels = kept['labels']
+            assert len(kept['boxes']) == len(labels) > 0
             assert len(kept['image_ids']) == 6
+        matches = compare_ap.Matches.load(tmp_path / 'out' / f'{path.stem}_seed_3.npz')
+        assert set(matches.labels) <= set(labels)
+        ap = compare_ap.mean_ap(compare_ap.class_ap(matches)[0])
+        assert ap == pytest.approx(found['ap50'])
         size = (tmp_path / 'out' / f'{path.stem}_seed_3.json').stat().st_size
         assert size < 5000
     assert 'class_ap' in groups[RAMBO.stem][3]['curve'][0]

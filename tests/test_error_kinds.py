@@ -64,9 +64,7 @@ def test_every_detection_gets_its_kind(run):
     names = [error_kinds.KINDS[k] if k >= 0 else None for k in kinds]
     expected = [None, 'class', None, 'duplicate', 'place', 'other', *['background'] * 2]
     assert names == expected
-    assert matches.scores.tolist() == pytest.approx(
-        [0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
-    )
+    assert matches.images.tolist() == [1, 0, 0, 0, 0, 0, 0, 0]
 
 
 def test_ap_without_each_kind(run):

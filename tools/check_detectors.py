@@ -28,7 +28,10 @@ import time
 import traceback
 import warnings
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Sequence
+
+from atomic_file import atomic_file
+from markdown_table import markdown_table, split_page, update_page
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'docs' / 'results' / 'detectors.json'
@@ -315,42 +318,25 @@ def passed(found: dict[str, Any]) -> bool:
     )
 
 
-def _lines(results: dict[str, Any]) -> Iterator[list[str]]:
-    yield ['config', 'heads', 'class AP', 'evaluated', 'resumed', 'two processes']
-    yield ['---', '---', '---', '---', '---', '---']
-    groups: dict[str, list[str]] = {}
-    for name, found in results.items():
-        groups.setdefault(found['key'], []).append(name)
-    for names in groups.values():
-        found = results[names[0]]
-        first, last = found['start'], found['end']
-        answers = (bool(found['metrics']), found['resumed'], found['two_processes'])
-        yield [
-            '<br>'.join(f'`{name}`' for name in names),
-            ', '.join(f'`{head}`' for head in found['heads']),
-            f'{first:.2f} → {last:.2f}',
-            *('yes' if answer else 'no' for answer in answers),
-        ]
-
-
 def table(results: dict[str, Any]) -> str:
     """Return the Markdown table of a results file; failed configs are not in it."""
-    ok = {name: found for name, found in results.items() if found.get('ok')}
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in _lines(ok))
-
-
-def update(page: Path, text: str) -> None:
-    """Put the table between its two marks in a page.
-
-    Raises:
-        ValueError: If the page lacks them.
-    """
-    content = page.read_text(encoding='utf-8')
-    before, first, rest = content.partition(MARKS[0])
-    _, second, after = rest.partition(MARKS[1])
-    if not (first and second):
-        raise ValueError(f'{page} lacks the lines {MARKS[0]} and {MARKS[1]}')
-    page.write_text(f'{before}{first}\n{text}\n{second}{after}', encoding='utf-8')
+    rows = [['config', 'heads', 'class AP', 'evaluated', 'resumed', 'two processes']]
+    groups: dict[str, list[str]] = {}
+    for name, found in sorted(results.items()):
+        if found.get('ok'):
+            groups.setdefault(found['key'], []).append(name)
+    for names in groups.values():
+        found = results[names[0]]
+        answers = (bool(found['metrics']), found['resumed'], found['two_processes'])
+        rows.append(
+            [
+                '<br>'.join(f'`{name}`' for name in names),
+                ', '.join(f'`{head}`' for head in found['heads']),
+                f'{found["start"]:.2f} → {found["end"]:.2f}',
+                *('yes' if answer else 'no' for answer in answers),
+            ]
+        )
+    return markdown_table(rows, text_columns=range(6))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -363,15 +349,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--table-only', action='store_true')
     parser.add_argument('--update', type=Path, help='page that gets the table')
     args = parser.parse_args(argv)
+    if args.update:  # not only after minutes of training
+        try:
+            split_page(args.update, *MARKS)
+        except ValueError as error:
+            parser.error(str(error))
     results: dict[str, Any] = {}
     if args.out.is_file():
         results = json.loads(args.out.read_text())['results']
     if args.table_only:
         print(table(results))
         if args.update:
-            update(args.update, table(results))
+            update_page(args.update, *MARKS, table(results))
         return
-    chosen = [p for p in configs() if any(part in p.stem for part in args.only)]
+    names = {path: f'{path.parent.name}/{path.stem}' for path in configs()}
+    chosen = [p for p, name in names.items() if any(part in name for part in args.only)]
     if not chosen:
         parser.error(f'--only {" ".join(args.only)}: no shipped config has such a name')
 
@@ -383,7 +375,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     generate(data, train=IMAGES, test=4)
     write_coco(data)
     failed = []
-    names = {path: f'{path.parent.name}/{path.stem}' for path in chosen}
     done: dict[str, dict[str, Any]] = {}
     versions: dict[str, str] = {}
     for number, path in enumerate(chosen, start=1):
@@ -410,10 +401,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = dict(steps=args.steps, images=IMAGES, lr=LR, **versions)
         content = dict(settings=settings, results=dict(sorted(results.items())))
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(content, indent=1) + '\n')
+        with atomic_file(args.out) as draft:
+            draft.write_text(json.dumps(content, indent=1) + '\n')
     print(f'\n{table(results)}')
     if args.update:
-        update(args.update, table(results))
+        update_page(args.update, *MARKS, table(results))
     if failed:
         sys.exit(f'check_detectors: {len(failed)} failed: {", ".join(failed)}')
 

@@ -5,9 +5,10 @@
 
 The first config is the baseline. Every run is trained and tested by mmdet's
 own scripts; runs that are done are skipped and those that were interrupted go
-on, so the same command, or one with more seeds, continues a comparison. A file
-for each run and ``comparison.json`` are written to ``--out``; checkpoints, logs
-and detections stay in ``--work-dir``. Exit status 1: a run failed.
+on, so the same command, or one with more seeds, continues a comparison. For each
+run a record and its matched detections are written to ``--out``, and
+``comparison.json``: with them a comparison goes on on another machine. Checkpoints,
+logs and detections stay in ``--work-dir``. Exit status 1: a run failed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import compare_report
 import numpy as np
 from compare_ap import Matches, class_ap, coco_ap, match, mean_ap, mean_precision
 from compare_jobs import Job, Pool, Stopped
+from markdown_table import split_page, update_page
 from results_table import KEY
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ class Plan:
 
     @property
     def matches_path(self) -> Path:
-        return self.folder / 'matches.npz'
+        return compare_report.matches_path(self.record_path)
 
     @cached_property
     def state(self) -> dict[str, Any]:
@@ -134,11 +136,11 @@ class Plan:
                     f'{record["config_sha"][:8]}, now {self.candidate.sha[:8]}); '
                     f'restore the config, or {advice}'
                 )
-            if not same:
+            if not same and not self.matches_path.is_file():
                 return (
-                    f'{self.record_path} is there, but not the detections in '
-                    f'{self.folder}, which intervals are computed from; restore that '
-                    f'folder, or {advice}'
+                    f'{self.record_path} is there, but not {self.matches_path.name} '
+                    'beside it, which intervals are computed from; restore that file, '
+                    f'or {advice}'
                 )
         elif not self.state and self.checkpoint():
             return (
@@ -426,12 +428,16 @@ def summarise(
             continue
         groups[stem], matches[stem] = {}, {}
         for seed, record in found.get(stem, {}).items():
-            path = plan.folder.parent / f'seed_{seed}' / 'matches.npz'
+            path = plan.out / compare_report.run_name(stem, seed)
+            path = compare_report.matches_path(path)
             if record['config_sha'] == plan.candidate.sha and path.is_file():
                 groups[stem][seed] = record
                 matches[stem][seed] = Matches.load(path)
             else:
-                print(f'{stem} seed {seed}: left out, of another config or work dir')
+                print(
+                    f'{stem} seed {seed}: left out, of another config or without '
+                    f'{path.name}'
+                )
     groups = {stem: records for stem, records in groups.items() if records}
     baseline = plans[0].candidate.stem
     if baseline not in groups:
@@ -522,14 +528,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             plans = make_plans(args)
             if args.update:  # not only after days of training
-                compare_report.split_page(args.update, args.name)
+                split_page(args.update, *compare_report.marks(args.name))
             args.out.mkdir(parents=True, exist_ok=True)
             failed = train(plans, args.jobs)
             comparison, groups = summarise(plans, args.name, args.resamples)
         text = compare_report.table(comparison, groups)
         print(f'\n{text}')
         if args.update:
-            compare_report.update_page(args.update, args.name, text)
+            update_page(args.update, *compare_report.marks(args.name), text)
         if args.plot:
             compare_report.plot(groups, args.plot)
             print(args.plot)

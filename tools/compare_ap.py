@@ -34,24 +34,33 @@ class Matches:
     ties as mmdet's ``eval_map`` has them.
 
     Attributes:
-        scores: Score of each detection.
         labels: Class of each detection.
         images: Index of each detection's image.
         flags: HIT, MISS or IGNORED, for what lies on a difficult object.
         objects: Number of objects that count, by image and class.
     """
 
-    scores: np.ndarray
     labels: np.ndarray
     images: np.ndarray
     flags: np.ndarray
     objects: np.ndarray
 
     def save(self, path: str | Path) -> None:
-        """Write a compressed ``.npz``, at once or not at all."""
+        """Write a compressed ``.npz``, at once or not at all.
+
+        What comes after the last hit of a class changes neither AP nor the precision
+        at any recall, so it is left out.
+        """
+        kept = np.zeros(len(self.flags), dtype=bool)
+        for part in self.by_class():
+            hits = np.flatnonzero(self.flags[part] == HIT)
+            kept[part][: hits[-1] + 1 if len(hits) else 0] = True
+        arrays = dict(
+            labels=self.labels[kept], images=self.images[kept], flags=self.flags[kept]
+        )
         # To an open file, since numpy would append .npz to a draft's name.
         with atomic_file(path) as draft, draft.open('wb') as file:
-            np.savez_compressed(file, **vars(self))
+            np.savez_compressed(file, objects=self.objects, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> Matches:
@@ -71,7 +80,7 @@ def match(run: Run) -> Matches:
     from mmdet.evaluation.functional.mean_ap import tpfp_default
 
     classes = len(run.classes)
-    parts = {'scores': [], 'labels': [], 'images': [], 'flags': []}
+    parts = {'labels': [], 'images': [], 'flags': []}
     objects = np.zeros((len(run.truth), classes), dtype=np.uint16)
     for image, truth in enumerate(run.truth):
         objects[image] = np.bincount(truth['labels'], minlength=classes)
@@ -95,11 +104,10 @@ def match(run: Run) -> Matches:
             joined = np.concatenate(scores)
             # Not a stable sort: the order of ties has to be that of eval_map.
             order = np.argsort(-joined)
-            parts['scores'].append(joined[order])
             parts['images'].append(np.concatenate(images)[order])
             parts['flags'].append(np.concatenate(flags)[order])
             parts['labels'].append(np.full(len(joined), label))
-    types = dict(scores=np.float32, labels=np.uint16, images=np.uint32, flags=np.int8)
+    types = dict(labels=np.uint16, images=np.uint32, flags=np.int8)
     arrays = {
         name: np.concatenate(parts[name] or [[]]).astype(kind)
         for name, kind in types.items()

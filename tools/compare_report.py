@@ -1,7 +1,8 @@
 """The table and the pictures of tools/compare.py, from the files it has written.
 
-A folder holds a file for each run, ``CONFIG_seed_N.json``, and ``comparison.json``
-with the intervals, which take the detections of all runs to compute.
+A folder holds two files for each run, ``CONFIG_seed_N.json`` and, with its matched
+detections, ``CONFIG_seed_N.npz``, and ``comparison.json`` with the intervals, which
+take the detections of all runs to compute.
 """
 
 from __future__ import annotations
@@ -52,6 +53,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def run_name(stem: str, seed: int) -> str:
     """Return the name of a run's file."""
     return f'{stem}_seed_{seed}.json'
+
+
+def matches_path(record: Path) -> Path:
+    """Return where the matched detections of a run are, given its file."""
+    return record.with_suffix('.npz')
 
 
 def read_groups(out: Path) -> dict[str, dict[int, dict[str, Any]]]:
@@ -213,35 +219,9 @@ def table(comparison: Mapping[str, Any], groups: Groups) -> str:
     return f'{markdown_table(rows)}\n\n{note}'
 
 
-def split_page(path: Path, name: str) -> tuple[str, str]:
-    """Return a page up to a comparison's first marker, and from its last one.
-
-    Raises:
-        ValueError: If the page has not exactly one pair of markers.
-    """
-    start, end = f'<!-- compare {name} -->', f'<!-- end {name} -->'
-    page = path.read_text(encoding='utf-8') if path.is_file() else ''
-    if (
-        page.count(start) != 1
-        or page.count(end) != 1
-        or page.find(end) < page.find(start)
-    ):
-        raise ValueError(
-            f'--update {path}: expected one line {start!r} and after it one line '
-            f'{end!r}, got {page.count(start)} and {page.count(end)}; put both there, '
-            'the table will stand between them'
-        )
-    return page[: page.find(start) + len(start)], page[page.find(end) :]
-
-
-def update_page(path: Path, name: str, text: str) -> None:
-    """Replace what stands between the markers of a comparison in a page.
-
-    Raises:
-        ValueError: If the page has not exactly one pair of markers.
-    """
-    head, tail = split_page(path, name)
-    path.write_text(f'{head}\n\n{text}\n\n{tail}', encoding='utf-8')
+def marks(name: str) -> tuple[str, str]:
+    """Return the lines of a page between which a comparison's table stands."""
+    return f'<!-- compare {name} -->', f'<!-- end {name} -->'
 
 
 def _series(record: Mapping[str, Any], key: str) -> tuple[list[int], list[float]]:

@@ -93,7 +93,7 @@ def analyse(run: Run) -> dict[str, float]:
     kind = kinds_of(run, matches)
 
     def ap50(keep: np.ndarray) -> float:
-        columns = ('scores', 'labels', 'images', 'flags')
+        columns = ('labels', 'images', 'flags')
         left = replace(matches, **{c: getattr(matches, c)[keep] for c in columns})
         return round(100 * float(mean_ap(class_ap(left))[0]), 2)
 

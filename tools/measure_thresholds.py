@@ -17,7 +17,9 @@ import warnings
 from pathlib import Path
 from typing import Any, Sequence
 
+from atomic_file import atomic_file
 from make_demo_voc import generate, write_coco
+from markdown_table import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs' / 'pascal_voc' / 'retinanet_r50_fpn_rambo_1x_voc0712.py'
@@ -124,7 +126,7 @@ def measure(steps: int, images: int, work_dir: Path) -> dict[str, Any]:
 
 def table(content: dict[str, Any]) -> str:
     """Return the Markdown table of a results file."""
-    lines = [
+    rows = [
         [
             'prior',
             'scores of all anchors: 1 %, median, 99 %',
@@ -132,13 +134,12 @@ def table(content: dict[str, Any]) -> str:
             'AP50',
             'detections per image',
             'ms per image',
-        ],
-        ['---:', '---', '---:', '---:', '---:', '---:'],
+        ]
     ]
     for prior, found in content['priors'].items():
         spread = ', '.join(f'{found["scores"][str(q)]:.3f}' for q in QUANTILES)
         for place, (threshold, row) in enumerate(found['thresholds'].items()):
-            lines.append(
+            rows.append(
                 [
                     *((prior, spread) if place == 0 else ('', '')),
                     threshold,
@@ -147,7 +148,7 @@ def table(content: dict[str, Any]) -> str:
                     f'{row["milliseconds"]:.1f}',
                 ]
             )
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+    return markdown_table(rows, text_columns=[1])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -161,7 +162,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.table_only:
         with tempfile.TemporaryDirectory(prefix='thresholds') as folder:
             content = measure(args.steps, args.images, Path(folder))
-        args.out.write_text(json.dumps(content, indent=1) + '\n')
+        with atomic_file(args.out) as draft:
+            draft.write_text(json.dumps(content, indent=1) + '\n')
     print(table(json.loads(args.out.read_text())))
 
 

@@ -107,9 +107,10 @@ def _shrink_pyramid(model: ConfigDict, levels: int = 3) -> None:
 
 
 def _strengthen_loss(part: dict) -> None:
-    """Give RaMBO what learning features from random weights needs."""
+    """Give RaMBO, and it alone, what learning features from random weights needs."""
     if part.get('type') == 'RaMBOLoss':
         part.update(lambd=0.3, loss_weight=10.0)
+        part.pop('auxiliary', None)
 
 
 def _datasets(cfg: Config, data: Path) -> None:
@@ -174,7 +175,8 @@ def shrink(cfg: Config, data: Path, steps: int, lr: float) -> Config:
     """Return a copy of a config that trains a small model on the demo data.
 
     Heads, assigners, samplers and the keys of the loss stay as they are, but for the
-    loss' λ and weight, which random weights need larger. Widths, depths and numbers
+    loss' λ and weight, which random weights need larger, and its auxiliary loss, which
+    would learn in its stead. Widths, depths and numbers
     of proposals shrink; backbone, pipelines, optimiser and schedule are replaced.
 
     Args:
