@@ -8,6 +8,4 @@ model = dict(
     rpn_head=dict(anchor_generator=dict(strides=[8, 16, 32, 64])),
     roi_head=dict(bbox_roi_extractor=dict(featmap_strides=[8, 16, 32])),
     train_cfg=dict(rcnn=dict(sampler=dict(num=64))),
-    # Average precision asks for all detections, also those of low scores.
-    test_cfg=dict(rcnn=dict(score_thr=0.001)),
 )

@@ -28,5 +28,9 @@ model = dict(
         rpn_proposal=dict(nms_pre=500, max_per_img=250),
         rcnn=dict(sampler=dict(num=128)),
     ),
-    test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=250)),
+    test_cfg=dict(
+        rpn=dict(nms_pre=500, max_per_img=250),
+        # Average precision asks for all detections, also those of low scores.
+        rcnn=dict(score_thr=0.001),
+    ),
 )
