@@ -1,0 +1,11 @@
+# The cheaper model, for many seeds on a CPU.
+_base_ = [
+    '../_base_/models/faster-rcnn_mobilenetv2_fpn-p3.py',
+    '../_base_/datasets/bccd.py',
+    '../_base_/schedules/schedule_6e_cpu.py',
+    '../_base_/cpu_runtime.py',
+]
+
+model = dict(roi_head=dict(bbox_head=dict(num_classes=3)))
+# An evaluation takes as long as half an epoch.
+train_cfg = dict(val_interval=3)
