@@ -195,6 +195,8 @@ def shrink(cfg: Config, data: Path, steps: int, lr: float) -> Config:
     _walk(model, lambda part: _shrink_part(part, keep))
     _shrink_backbone(model)
     _shrink_pyramid(model)
+    if model.type == 'RTMDet':
+        model.use_syncbn = False  # which needs a GPU
     _walk(model, _strengthen_loss)
     model.data_preprocessor.update(
         mean=[123.675, 116.28, 103.53],

@@ -7,5 +7,5 @@ _base_ = [
 ]
 
 model = dict(roi_head=dict(bbox_head=dict(num_classes=3)))
-# An evaluation takes as long as half an epoch.
+# Every evaluation takes time.
 train_cfg = dict(val_interval=3)
