@@ -11,6 +11,7 @@ from mmengine.runner import IterBasedTrainLoop
 from .losses import SCHEDULED, RaMBOLoss
 
 _CURVES = ('linear', 'cosine', 'exponential', 'step')
+_UNITS = ('epoch', 'iteration', 'training')
 
 
 def _losses(runner: Any) -> List[RaMBOLoss]:
@@ -38,9 +39,9 @@ class RaMBOScheduleHook(Hook):
         begin (float): Where the change begins. Defaults to 0.
         until (float, optional): Where it is complete. Defaults to None, the end of the
             training.
-        by_epoch (bool): Whether ``begin`` and ``until`` count epochs, which may be
-            fractions, or iterations. The factor changes every iteration in both cases.
-            Defaults to True.
+        unit (str): What ``begin`` and ``until`` count: 'epoch', 'iteration', or
+            'training', of which they are shares from 0 to 1. Epochs may be fractions:
+            the factor changes every iteration in all cases. Defaults to 'epoch'.
 
     Raises:
         ValueError: If an argument is out of range, if the model has no ``RaMBOLoss``,
@@ -63,7 +64,7 @@ class RaMBOScheduleHook(Hook):
         curve: str = 'linear',
         begin: float = 0,
         until: Optional[float] = None,
-        by_epoch: bool = True,
+        unit: str = 'epoch',
     ) -> None:
         name = type(self).__name__
         if param not in SCHEDULED:
@@ -83,9 +84,16 @@ class RaMBOScheduleHook(Hook):
                 f'{name}: expected 0 <= begin <= until, got begin={begin!r}, '
                 f'until={until!r}'
             )
+        if unit not in _UNITS:
+            raise ValueError(f'{name}: unit must be one of {_UNITS}, got {unit!r}')
+        if unit == 'training' and max(begin, until or 0) > 1:
+            raise ValueError(
+                f"{name}: with unit='training', begin and until are shares of the "
+                f'training from 0 to 1, got begin={begin!r}, until={until!r}'
+            )
         self.param, self.curve = param, curve
         self.start, self.end = float(start), float(end)
-        self.begin, self.until, self.by_epoch = begin, until, by_epoch
+        self.begin, self.until, self.unit = begin, until, unit
 
     def factor(
         self, iteration: int, num_iterations: int, epoch_length: Optional[float] = None
@@ -101,17 +109,22 @@ class RaMBOScheduleHook(Hook):
             ValueError: If there are no epochs although ``begin`` or ``until`` counts
                 them.
         """
-        unit = 1.0
-        if self.by_epoch and (self.begin or self.until is not None):
+        length = 1.0
+        if self.unit == 'training':
+            length = num_iterations
+        elif self.unit == 'epoch' and (self.begin or self.until is not None):
             if epoch_length is None:
                 raise ValueError(
                     f'{type(self).__name__}: the training loop counts no epochs; set '
-                    'by_epoch=False and give begin and until in iterations, got '
-                    f'begin={self.begin!r}, until={self.until!r}'
+                    "unit='iteration' or 'training' and give begin and until in it, "
+                    f'got begin={self.begin!r}, until={self.until!r}'
                 )
-            unit = epoch_length
-        begin = self.begin * unit
-        until = num_iterations if self.until is None else self.until * unit
+            length = epoch_length
+        # Rounded: 0.6 of 10 is 6, not a little less.
+        begin = round(self.begin * length, 6)
+        until = float(num_iterations)
+        if self.until is not None:
+            until = round(self.until * length, 6)
         if self.curve == 'step':
             return self.end if iteration >= begin else self.start
         # The last iteration of the interval has the end.

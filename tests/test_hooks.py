@@ -64,11 +64,12 @@ def rambo_loss(**settings):
 
 def test_settings_follow_their_curves_and_are_logged(tmp_path):
     rise = dict(type='RaMBOScheduleHook', start=0.0)
+    iterations = dict(unit='iteration')
     hooks = [
         FALLING,
         dict(rise, param='margin', begin=0.5, until=1.75),  # iterations 2 to 6
-        dict(rise, param='loss_weight', curve='step', begin=1),
-        dict(rise, param='auxiliary', curve='cosine', begin=3, until=6, by_epoch=False),
+        dict(rise, param='loss_weight', curve='step', begin=0.5, unit='training'),
+        dict(rise, param='auxiliary', curve='cosine', begin=3, until=6, **iterations),
     ]
     runner, model = train(rambo_loss(), hooks, tmp_path, epochs=2)
     runner.train()
@@ -131,6 +132,8 @@ def test_a_factor_multiplies_what_the_config_says(param, settings, noise):
         (dict(param='lambd', start=float('inf')), 'finite factors'),
         (dict(param='margin', start=0, begin=-1), '0 <= begin <= until'),
         (dict(param='margin', start=0, begin=2, until=1), 'begin=2, until=1'),
+        (dict(param='margin', start=0, unit='step'), "unit must be .* got 'step'"),
+        (dict(param='margin', start=0, begin=3, unit='training'), 'from 0 to 1, got'),
     ],
 )
 def test_bad_arguments(kwargs, match):
@@ -151,5 +154,11 @@ def test_epochs_where_the_loop_has_none_are_an_error(tmp_path):
     assert model.seen[-1]['lambd'] == 1.0
     hooks = [dict(FALLING, until=2)]
     runner, _ = train(rambo_loss(), hooks, tmp_path / 'b', 0, loop=loop)
-    with pytest.raises(ValueError, match='by_epoch=False .* until=2'):
+    with pytest.raises(ValueError, match="unit='iteration' .* until=2"):
         runner.train()
+
+
+def test_a_share_of_the_training_is_not_an_iteration_late():
+    hook = RaMBOScheduleHook('margin', 0.0, 1.0, 'step', begin=0.07, unit='training')
+    assert 0.07 * 100 > 7  # as floating point has it
+    assert [hook.factor(iteration, 100) for iteration in (6, 7)] == [0.0, 1.0]
