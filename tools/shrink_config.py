@@ -51,6 +51,9 @@ def _shrink_part(part: dict, keep: Container[str]) -> None:
             part[name] = most
     if isinstance(part.get('sampler'), dict) and 'num' in part['sampler']:
         part['sampler']['num'] = min(part['sampler']['num'], _SAMPLED)
+    for name in ('dropout', 'ffn_drop'):
+        if isinstance(part.get(name), float):
+            part[name] = 0.0  # it only hinders learning a few images by heart
     norm = part.get('norm_cfg')
     if isinstance(norm, dict) and norm.get('type') in ('BN', 'SyncBN'):
         # One process has no statistics to share, and random weights none to freeze.
