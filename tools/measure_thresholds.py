@@ -1,10 +1,15 @@
 """Measure what ``score_thr`` and the initial bias mean for ranking-trained scores.
 
     python tools/measure_thresholds.py --out docs/results/thresholds.json
+    python tools/measure_thresholds.py --run rambo CONFIG PREDICTIONS --out OUT.json
 
 Trains a small RetinaNet on generated images with RaMBO, once for each prior (the
 probability that the classifier's bias starts with), and tests it with each threshold.
 Time is CPU time of this process, so that other programs do not count.
+
+With ``--run`` nothing is trained: AP50 is that of the predictions of a run from each
+threshold on, what the test would have found with it. PREDICTIONS is the file of
+``tools/test.py --out``, or ``detections.npz`` of tools/compare.py, with a lower one.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import json
 import tempfile
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -124,8 +130,38 @@ def measure(steps: int, images: int, work_dir: Path) -> dict[str, Any]:
     )
 
 
+def of_run(config: str, predictions: str) -> dict[str, dict[str, float]]:
+    """Return AP50 and detections per image of a run, for each threshold."""
+    from compare_ap import class_ap, match, mean_ap
+    from plot_results import load_run
+
+    run = load_run(config, predictions)
+    found = {}
+    for threshold in THRESHOLDS:
+        detections = [
+            [rows[rows[:, 4] >= threshold] for rows in image]
+            for image in run.detections
+        ]
+        kept = replace(run, detections=detections)
+        found[str(threshold)] = dict(
+            ap50=100 * float(mean_ap(class_ap(match(kept))[0])),
+            detections=sum(len(rows) for image in detections for rows in image)
+            / len(detections),
+        )
+    return found
+
+
 def table(content: dict[str, Any]) -> str:
     """Return the Markdown table of a results file."""
+    if 'runs' in content:
+        names = list(content['runs'])
+        head = ['`score_thr`', *(f'{n}: AP50' for n in names)]
+        rows = [[*head, *(f'{n}: detections per image' for n in names)]]
+        for threshold in map(str, THRESHOLDS):
+            found = [content['runs'][name][threshold] for name in names]
+            aps = [f'{row["ap50"]:.1f}' for row in found]
+            rows.append([threshold, *aps, *(f'{r["detections"]:.0f}' for r in found)])
+        return markdown_table(rows, text_columns=())
     rows = [
         [
             'prior',
@@ -157,11 +193,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--out', type=Path, required=True, help='results file')
     parser.add_argument('--steps', type=int, default=600)
     parser.add_argument('--images', type=int, default=160)
+    parser.add_argument(
+        '--run',
+        nargs=3,
+        action='append',
+        metavar=('NAME', 'CONFIG', 'PREDICTIONS'),
+        help='a finished run to measure instead',
+    )
     parser.add_argument('--table-only', action='store_true')
     args = parser.parse_args(argv)
-    if not args.table_only:
+    if args.run:
+        content: dict[str, Any] = dict(runs={})
+        for name, *files in args.run:
+            print(f'{name}: matching …', flush=True)
+            content['runs'][name] = of_run(*files)
+    elif not args.table_only:
         with tempfile.TemporaryDirectory(prefix='thresholds') as folder:
             content = measure(args.steps, args.images, Path(folder))
+    if not args.table_only:
         with atomic_file(args.out) as draft:
             draft.write_text(json.dumps(content, indent=1) + '\n')
     print(table(json.loads(args.out.read_text())))

@@ -4,5 +4,6 @@ _base_ = ['mmdet::pascal_voc/faster-rcnn_r50_fpn_1x_voc0712.py', './losses/rambo
 model = dict(
     roi_head=dict(
         bbox_head=dict(type='RaMBOShared2FCBBoxHead', loss_cls=_base_.rambo_loss)
-    )
+    ),
+    test_cfg=dict(rcnn=dict(score_thr=0.0001)),  # docs/detectors.md, Thresholds
 )

@@ -1,17 +1,18 @@
 _base_ = [
     'mmdet::double_heads/dh-faster-rcnn_r50_fpn_1x_coco.py',
     '../_base_/datasets/voc0712-cocofmt.py',
+    '../_base_/losses/rambo.py',
 ]
-custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
 
 model = dict(
     roi_head=dict(
         bbox_head=dict(
             type='RaMBODoubleConvFCBBoxHead',
             num_classes=20,
-            loss_cls=dict(_delete_=True, type='RaMBOLoss'),
+            loss_cls=_base_.rambo_loss,
         )
-    )
+    ),
+    test_cfg=dict(rcnn=dict(score_thr=0.0001)),  # docs/detectors.md, Thresholds
 )
 train_dataloader = _base_.voc_train_dataloader
 val_dataloader = _base_.voc_val_dataloader

@@ -1,11 +1,14 @@
-_base_ = 'mmdet::pascal_voc/faster-rcnn_r50_fpn_1x_voc0712-cocofmt.py'
-custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
+_base_ = [
+    'mmdet::pascal_voc/faster-rcnn_r50_fpn_1x_voc0712-cocofmt.py',
+    '../_base_/losses/rambo.py',
+]
 
 model = dict(
     roi_head=dict(
         bbox_head=dict(
             type='RaMBOShared2FCBBoxHead',
-            loss_cls=dict(_delete_=True, type='RaMBOLoss'),
+            loss_cls=_base_.rambo_loss,
         )
-    )
+    ),
+    test_cfg=dict(rcnn=dict(score_thr=0.0001)),  # docs/detectors.md, Thresholds
 )

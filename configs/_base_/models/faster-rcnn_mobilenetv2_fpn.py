@@ -31,6 +31,6 @@ model = dict(
     test_cfg=dict(
         rpn=dict(nms_pre=500, max_per_img=250),
         # Average precision asks for all detections, also those of low scores.
-        rcnn=dict(score_thr=0.001),
+        rcnn=dict(score_thr=0.0001),
     ),
 )
