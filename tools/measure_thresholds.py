@@ -30,7 +30,7 @@ from markdown_table import markdown_table
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs' / 'pascal_voc' / 'retinanet_r50_fpn_rambo_1x_voc0712.py'
 PRIORS = (0.01, 0.5)
-THRESHOLDS = (0.0, 0.001, 0.01, 0.05, 0.1, 0.3, 0.5)
+THRESHOLDS = (0.0, 0.0001, 0.001, 0.01, 0.05, 0.1, 0.3, 0.5)
 QUANTILES = (0.01, 0.5, 0.99)
 
 
@@ -137,7 +137,7 @@ def of_run(config: str, predictions: str) -> dict[str, dict[str, float]]:
 
     run = load_run(config, predictions)
     found = {}
-    for threshold in THRESHOLDS:
+    for threshold in THRESHOLDS[1:]:  # the run has had one
         detections = [
             [rows[rows[:, 4] >= threshold] for rows in image]
             for image in run.detections
@@ -157,7 +157,7 @@ def table(content: dict[str, Any]) -> str:
         names = list(content['runs'])
         head = ['`score_thr`', *(f'{n}: AP50' for n in names)]
         rows = [[*head, *(f'{n}: detections per image' for n in names)]]
-        for threshold in map(str, THRESHOLDS):
+        for threshold in content['runs'][names[0]]:
             found = [content['runs'][name][threshold] for name in names]
             aps = [f'{row["ap50"]:.1f}' for row in found]
             rows.append([threshold, *aps, *(f'{r["detections"]:.0f}' for r in found)])
