@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import Any, Sequence
 
 from atomic_file import atomic_file
+from compare_ap import class_ap, match, mean_ap
 from make_demo_voc import generate, write_coco
 from markdown_table import markdown_table
+from plot_results import Run, load_run
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs' / 'pascal_voc' / 'retinanet_r50_fpn_rambo_1x_voc0712.py'
@@ -130,12 +132,8 @@ def measure(steps: int, images: int, work_dir: Path) -> dict[str, Any]:
     )
 
 
-def of_run(config: str, predictions: str) -> dict[str, dict[str, float]]:
+def of_run(run: Run) -> dict[str, dict[str, float]]:
     """Return AP50 and detections per image of a run, for each threshold."""
-    from compare_ap import class_ap, match, mean_ap
-    from plot_results import load_run
-
-    run = load_run(config, predictions)
     found = {}
     for threshold in THRESHOLDS[1:]:  # the run has had one
         detections = [
@@ -206,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         content: dict[str, Any] = dict(runs={})
         for name, *files in args.run:
             print(f'{name}: matching …', flush=True)
-            content['runs'][name] = of_run(*files)
+            content['runs'][name] = of_run(load_run(*files))
     elif not args.table_only:
         with tempfile.TemporaryDirectory(prefix='thresholds') as folder:
             content = measure(args.steps, args.images, Path(folder))
