@@ -93,7 +93,8 @@ def parts(value, path=''):
 
 # What RaMBO and VOC's data may change of a config for COCO.
 CHANGED = re.compile(
-    r'(^custom_imports|^custom_hooks|^rambo_loss|^voc_|_scope_$|\.loss_cls\.|\.num_classes$|\.score_thr$'
+    r'(^custom_imports|^custom_hooks|^rambo_loss|^voc_|_scope_$'
+    r'|\.loss_cls\.|\.num_classes$|\.score_thr$'
     r'|(bbox|rpn)_head(\.\d)?\.type$'
     r'|_dataloader\.dataset\.(data_root|ann_file|data_prefix\.img|metainfo\.)'
     r'|_evaluator\.ann_file$)'

@@ -149,17 +149,21 @@ def of_run(run: Run) -> dict[str, dict[str, float]]:
     return found
 
 
+def _runs_table(runs: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Return a row for each threshold, and two columns for each run."""
+    head = ['`score_thr`', *(f'{name}: AP50' for name in runs)]
+    rows = [[*head, *(f'{name}: detections per image' for name in runs)]]
+    for threshold in next(iter(runs.values())):
+        found = [run[threshold] for run in runs.values()]
+        aps = [f'{row["ap50"]:.1f}' for row in found]
+        rows.append([threshold, *aps, *(f'{row["detections"]:.0f}' for row in found)])
+    return markdown_table(rows, text_columns=())
+
+
 def table(content: dict[str, Any]) -> str:
     """Return the Markdown table of a results file."""
     if 'runs' in content:
-        names = list(content['runs'])
-        head = ['`score_thr`', *(f'{n}: AP50' for n in names)]
-        rows = [[*head, *(f'{n}: detections per image' for n in names)]]
-        for threshold in content['runs'][names[0]]:
-            found = [content['runs'][name][threshold] for name in names]
-            aps = [f'{row["ap50"]:.1f}' for row in found]
-            rows.append([threshold, *aps, *(f'{r["detections"]:.0f}' for r in found)])
-        return markdown_table(rows, text_columns=())
+        return _runs_table(content['runs'])
     rows = [
         [
             'prior',
@@ -200,15 +204,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument('--table-only', action='store_true')
     args = parser.parse_args(argv)
-    if args.run:
-        content: dict[str, Any] = dict(runs={})
-        for name, *files in args.run:
-            print(f'{name}: matching …', flush=True)
-            content['runs'][name] = of_run(load_run(*files))
-    elif not args.table_only:
-        with tempfile.TemporaryDirectory(prefix='thresholds') as folder:
-            content = measure(args.steps, args.images, Path(folder))
     if not args.table_only:
+        if args.run:
+            content: dict[str, Any] = dict(runs={})
+            for name, *files in args.run:
+                print(f'{name}: matching …', flush=True)
+                content['runs'][name] = of_run(load_run(*files))
+        else:
+            with tempfile.TemporaryDirectory(prefix='thresholds') as folder:
+                content = measure(args.steps, args.images, Path(folder))
         with atomic_file(args.out) as draft:
             draft.write_text(json.dumps(content, indent=1) + '\n')
     print(table(json.loads(args.out.read_text())))
