@@ -120,11 +120,10 @@ class RaMBOScheduleHook(Hook):
                     f'got begin={self.begin!r}, until={self.until!r}'
                 )
             length = epoch_length
-        # Rounded: 0.6 of 10 is 6, not a little less.
+        # Rounded: 0.07 of 100 is 7, not a little more.
         begin = round(self.begin * length, 6)
-        until = float(num_iterations)
-        if self.until is not None:
-            until = round(self.until * length, 6)
+        last = num_iterations if self.until is None else self.until * length
+        until = round(last, 6)
         if self.curve == 'step':
             return self.end if iteration >= begin else self.start
         # The last iteration of the interval has the end.
