@@ -72,16 +72,54 @@ def ap_loss(
 
 
 def rounding_decides(
-    scores: Sequence[float], targets: Sequence[int], lambd: float, tol: float
+    scores: Sequence[float],
+    targets: Sequence[int],
+    lambd: float,
+    tol: float,
+    together: bool = True,
 ) -> bool:
-    """Whether two scores nearly tie after the perturbation, a positive among them."""
+    """Whether two scores nearly tie after the perturbation, a positive among them.
+
+    Of positives that move singly, each meets the others where they were.
+    """
     if not any(targets):
         return False
-    after = perturbed(scores, targets, lambd)
     n = len(scores)
+    after = (
+        perturbed(scores, targets, lambd) if together else [s + lambd for s in scores]
+    )
+    others = after if together else scores
     for i in range(n):
         for j in range(n):
-            gap = abs(after[i] - after[j])
+            gap = abs(after[i] - others[j])
             if i != j and targets[i] and gap <= tol * (1 + abs(after[i])):
                 return True
     return False
+
+
+def ap_loss_singly(
+    scores: Sequence[float], targets: Sequence[int], lambd: float
+) -> Tuple[float, List[float]]:
+    """``1 - AP`` and the gradient where each positive is moved alone, by λ."""
+    n, num_pos = len(scores), sum(targets)
+    gradient = [0.0] * n
+    if not num_pos:
+        return 0.0, gradient
+    rk, rkp = ranks(scores, targets), positive_ranks(scores, targets)
+    negatives = [j for j in range(n) if not targets[j]]
+    for i in range(n):
+        if not targets[i]:
+            continue
+        moved = list(scores)
+        moved[i] = scores[i] + lambd
+        passed = [
+            j
+            for j in negatives
+            if precedes(j, i, scores, targets)
+            and (lambd == float('inf') or not precedes(j, i, moved, targets))
+        ]
+        gain = rkp[i] / (rk[i] - len(passed)) - rkp[i] / rk[i]
+        gradient[i] -= gain / num_pos
+        for j in passed:
+            gradient[j] += gain / num_pos / len(passed)
+    return 1 - average_precision(scores, targets), gradient

@@ -71,22 +71,33 @@ def test_average_precision_is_the_definition(problem, dtype):
         assert result[r].item() == pytest.approx(expected, rel=1e-6, nan_ok=True)
 
 
+ORACLES = {'together': oracle.ap_loss, 'singly': oracle.ap_loss_singly}
+
+
 @settings(max_examples=2000, deadline=None)
-@given(problem=problems(), dtype=st.sampled_from(DTYPES))
-def test_loss_and_gradient_are_algorithm_1(problem, dtype):
+@given(
+    problem=problems(),
+    dtype=st.sampled_from(DTYPES),
+    perturb=st.sampled_from(sorted(ORACLES)),
+    to_the_top=st.booleans(),
+)
+def test_loss_and_gradient_are_algorithm_1(problem, dtype, perturb, to_the_top):
     scores, targets, mask, lambd = problem
+    together = perturb == 'together'
+    if to_the_top and not together:
+        lambd = math.inf
     exact = dtype == torch.float64
     scores = scores.to(dtype).requires_grad_()
     # Incoming gradients that half precision holds exactly: they must only scale.
     incoming = torch.tensor([0.5, 2.0, -1.0])[: scores.size(0)]
-    losses = ap_loss(scores, targets, lambd=lambd, mask=mask)
+    losses = ap_loss(scores, targets, lambd=lambd, mask=mask, perturb=perturb)
     (losses * incoming.to(losses)).sum().backward()
 
     expected = torch.zeros(scores.shape, dtype=torch.float64)
     for r, at, values, flags in sequences(scores.detach().double(), targets, mask):
         tol = 1e-12 if exact else 1e-5
-        assume(not oracle.rounding_decides(values, flags, lambd, tol))
-        loss, gradient = oracle.ap_loss(values, flags, lambd)
+        assume(not oracle.rounding_decides(values, flags, lambd, tol, together))
+        loss, gradient = ORACLES[perturb](values, flags, lambd)
         assert losses[r].item() == pytest.approx(loss, abs=1e-12 if exact else 1e-6)
         expected[r, at] = torch.tensor(gradient, dtype=torch.float64) * incoming[r]
     assert scores.grad.dtype == dtype

@@ -34,8 +34,12 @@ class RoundingDecidesError(Exception):
     """Two scores tie after the perturbation but for rounding."""
 
 
-def reference(scores, labels, lambd, per_class, images=None):
+ORACLES = {'together': oracle.ap_loss, 'singly': oracle.ap_loss_singly}
+
+
+def reference(scores, labels, lambd, per_class, images=None, perturb='together'):
     """Mean oracle loss over the sequences with positives, and its gradient."""
+    together = perturb == 'together'
     columns = range(scores.size(1))
     gradient = torch.zeros_like(scores)
     losses = []
@@ -50,9 +54,9 @@ def reference(scores, labels, lambd, per_class, images=None):
             values = [scores[i, c].item() for i, c in at]
             flags = [int(labels[i] == c) for i, c in at]
             if any(flags):
-                if oracle.rounding_decides(values, flags, lambd, 1e-12):
+                if oracle.rounding_decides(values, flags, lambd, 1e-12, together):
                     raise RoundingDecidesError
-                loss, grads = oracle.ap_loss(values, flags, lambd)
+                loss, grads = ORACLES[perturb](values, flags, lambd)
                 losses.append(loss)
                 for (i, c), g in zip(at, grads):
                     gradient[i, c] += g
@@ -70,13 +74,18 @@ def reference(scores, labels, lambd, per_class, images=None):
         st.sampled_from(['batch', 'image']), st.sampled_from(['batch', 'image', 'row'])
     ),
     weights=st.tuples(st.sampled_from([0.0, 0.5, 3.0]), st.sampled_from([1.0, 2.0])),
-    lambdas=st.tuples(st.floats(0.05, 50), st.floats(0.05, 50)),
+    perturb=st.sampled_from(sorted(ORACLES)),
+    lambdas=st.tuples(
+        st.floats(0.05, 50), st.one_of(st.floats(0.05, 50), st.just(math.inf))
+    ),
     loss_weight=st.sampled_from([1.0, 0.25]),
     data=st.data(),
 )
 def test_weighted_mean_of_sequences(
-    seed, rows, classes, num_images, spans, weights, lambdas, loss_weight, data
+    seed, rows, classes, num_images, spans, weights, perturb, lambdas, loss_weight, data
 ):
+    if perturb == 'together':
+        lambdas = lambdas[0], min(lambdas[1], 50)
     pred, target = random_batch(rows, classes, seed)
     images = sorted(
         data.draw(
@@ -89,6 +98,7 @@ def test_weighted_mean_of_sequences(
         class_ap=dict(weight=weights[0], span=spans[0], lambd=lambdas[0]),
         pooled_ap=dict(weight=weights[1], span=spans[1], lambd=lambdas[1]),
         loss_weight=loss_weight,
+        perturb=perturb,
     )
     weight = torch.tensor(kept, dtype=torch.float32)
     with loss_cls.images(torch.tensor(images, dtype=torch.long), num_images):
@@ -102,7 +112,9 @@ def test_weighted_mean_of_sequences(
     ):
         groups = {'image': images, 'row': range(rows), 'batch': None}[span]
         try:
-            value, grad = reference(pred.detach(), labels, lambd, per_class, groups)
+            value, grad = reference(
+                pred.detach(), labels, lambd, per_class, groups, perturb
+            )
         except RoundingDecidesError:
             reject()
         expected += loss_weight * term_weight * value
@@ -453,6 +465,9 @@ def test_reductions_are_the_same(override):
     'kwargs, error, match',
     [
         (dict(lambd=0), ValueError, 'lambd must be a finite positive number, got 0'),
+        (dict(lambd=math.inf), ValueError, 'lambd must be a finite positive number'),
+        (dict(lambd=math.nan, perturb='singly'), ValueError, 'lambd must be a pos'),
+        (dict(perturb='alone'), ValueError, "perturb must be one of .* got 'alone'"),
         (dict(lambd='1'), TypeError, "lambd must be a positive number, got '1'"),
         (dict(margin=-1), ValueError, 'margin must be a finite non-negative'),
         (dict(memory=-1), ValueError, 'memory must be a number of steps >= 0, got -1'),

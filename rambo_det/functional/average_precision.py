@@ -9,8 +9,9 @@ from .checks import (
     at_least_float32,
     bool_mask,
     check_binary,
+    check_lambd,
     check_margin,
-    check_positive,
+    check_perturb,
     check_scores,
 )
 from .engine import sequence_ap_loss, sequence_average_precision
@@ -135,6 +136,7 @@ def ap_loss(
     mask: Optional[Tensor] = None,
     generator: Optional[torch.Generator] = None,
     check_nan: bool = True,
+    perturb: str = 'together',
 ) -> Tensor:
     """``1 - AP`` of each row, differentiated as a blackbox.
 
@@ -145,16 +147,29 @@ def ap_loss(
     afterwards: unlike in a literal composition, a loss weight weights, and λ belongs
     to the sequence alone.
 
+    With ``perturb='singly'`` every positive is a solver of its own: its rank among the
+    negatives. Each is moved by λ while all others stay, and its incoming gradient is
+    the loss that this gains, ``(rk+ / (rk - k) - rk+ / rk) / P`` where it passes k
+    negatives, instead of a linearisation, which vanishes with ``1 / rk^2`` for all but
+    the first of the list. The gain is the gradient of the positive; the negatives that
+    it passes share it equally. It is not divided by λ, which may be infinite: then
+    each positive moves to the top and its gradient is its own precision error,
+    ``(1 - rk+ / rk) / P``, which is the error-driven update of Chen et al., *Towards
+    Accurate One-Stage Object Detection with AP-Loss*, CVPR 2019 (arXiv 1904.06373).
+
     Args:
         scores: (R, n) floating-point tensor, one sequence per row.
         targets: (R, n) tensor, nonzero or True for positives.
-        lambd: Interpolation range λ > 0.
+        lambd: Interpolation range λ > 0. With ``perturb='singly'`` it is in units of
+            the scores and may be infinite.
         margin: α >= 0; positives are lowered and negatives raised by half of it.
         margin_noise: Whether the shift is multiplied by ``|N(0, 1)|``, drawn anew.
         mask: (R, n) tensor; zero or False means that the entry does not exist: it has
             no rank and does not count in n.
         generator: Random generator for the noise.
         check_nan: Whether to raise on NaN. Defaults to True.
+        perturb: Whether the positives of a sequence are moved 'together', as in the
+            paper, or 'singly'. Defaults to 'together'.
 
     Returns:
         (R,) tensor with values in [0, 1); 0 with zero gradient for a row without
@@ -177,11 +192,15 @@ def ap_loss(
     """
     scores = _hide_masked(scores, mask)
     check_scores('ap_loss', scores, check_nan, ndim=2)
-    check_positive('ap_loss', 'lambd', lambd)
+    together = check_perturb('ap_loss', perturb)
+    check_lambd('ap_loss', lambd, together)
     scores = at_least_float32(scores)
     scores = apply_margin(scores, targets, margin, margin_noise, generator)
     positives, exists, ranking = _rows('ap_loss', scores, targets, mask, float(lambd))
-    return sequence_ap_loss(scores, positives, exists, [ranking])[0][0]
+    results = sequence_ap_loss(
+        scores, positives, exists, [ranking], together=together
+    )
+    return results[0][0]
 
 
 def _detection(
@@ -219,6 +238,7 @@ def detection_ap_loss(
     *,
     margin: float = 0.0,
     any_ignored: bool = True,
+    perturb: str = 'together',
 ) -> List[Tuple[Tensor, Tensor]]:
     """``1 - AP`` over the rows of a classifier, differentiated as a blackbox.
 
@@ -234,6 +254,7 @@ def detection_ap_loss(
         rankings: What is ranked; see :class:`Ranking`.
         margin: α >= 0; positives are lowered and negatives raised by half of it.
         any_ignored: False promises that no label is negative, which saves a pass.
+        perturb: 'together' or 'singly', see :func:`ap_loss`.
 
     Returns:
         For each ranking a tuple ``(losses, present)`` of shape (S,): the loss of each
@@ -248,4 +269,5 @@ def detection_ap_loss(
     """
     scores = at_least_float32(scores)
     positives, exists = _detection(scores, labels, any_ignored)
-    return sequence_ap_loss(scores, positives, exists, rankings, margin)
+    together = check_perturb('detection_ap_loss', perturb)
+    return sequence_ap_loss(scores, positives, exists, rankings, margin, together)

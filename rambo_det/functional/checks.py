@@ -5,6 +5,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+PERTURB = ('together', 'singly')
+
 
 def check_scores(name: str, scores: Tensor, check_nan: bool, ndim: int = 0) -> None:
     """Check that ``scores`` is a floating-point tensor without NaN.
@@ -84,6 +86,19 @@ def check_positive(name: str, arg: str, value: float) -> None:
         raise ValueError(
             f'{name}: {arg} must be a positive finite number, got {value!r}'
         )
+
+
+def check_perturb(name: str, perturb: str) -> bool:
+    """Return whether positives move together; raise if ``perturb`` is unknown."""
+    if perturb not in PERTURB:
+        raise ValueError(f'{name}: perturb must be one of {PERTURB}, got {perturb!r}')
+    return perturb == 'together'
+
+
+def check_lambd(name: str, lambd: float, together: bool) -> None:
+    """Raise unless λ is positive, and finite where positives move together."""
+    if together or lambd != float('inf'):
+        check_positive(name, 'lambd', lambd)
 
 
 def check_margin(name: str, margin: float) -> None:

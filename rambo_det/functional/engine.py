@@ -112,8 +112,9 @@ class _Solver:
     entry that two views rank appears twice.
     """
 
-    def __init__(self, views: List[View]) -> None:
+    def __init__(self, views: List[View], together: bool) -> None:
         self.views = views
+        self.together = together
         self.flat = views[0].whole
         device = self.flat.device
         self.scores = torch.cat([view.scores_of_positives for view in views])
@@ -223,40 +224,17 @@ class _Solver:
     def solve(self, with_gradient: bool) -> Tuple[Tensor, Optional[_Gradient]]:
         """Compute the AP of each sequence, (S,), and the gradient of ``1 - AP``."""
         negatives = self.bin_negatives()
-        histogram = negatives.histogram
         before = self.place(self.scores)
         near = true_indices(before.shared.index_select(0, negatives.cell))
         gap = self.search(before, negatives, near)
-        overall = self.overall(before, histogram, gap, before.shared)
+        overall = self.overall(before, negatives.histogram, gap, before.shared)
         average_precision = self.mean_precision(before.among, overall)
         if not with_gradient:
             return average_precision, None
-
-        # lambd * dL / d(rank / n), as n * rk+ / (P * rk^2). In floating point: the
-        # product in the denominator can exceed int64.
-        dtype = self.flat.dtype
-        step = torch.cat(
-            [view.lengths().to(dtype) * view.ranking.lambd for view in self.views]
+        compare = self.move_together if self.together else self.move_singly
+        rewards, values, near, near_values = compare(
+            negatives, before, near, gap, overall
         )
-        steps = step.index_select(0, self.ids)
-        rank = overall.to(dtype)
-        rise = steps * before.among.to(dtype)
-        rise /= self.counts.to(dtype).index_select(0, self.ids) * rank * rank
-        after = self.place(self.scores + rise)
-
-        shared = before.shared | after.shared
-        near = true_indices(shared.index_select(0, negatives.cell))
-        cell = negatives.cell.index_select(0, near)
-        # Where they were not searched for before, the table knows.
-        gap_before = before.gaps.index_select(0, cell)
-        gap_before.masked_scatter_(before.shared.index_select(0, cell), gap)
-        gap = self.search(after, negatives, near)
-        climbed = overall - self.overall(after, histogram, gap, shared)
-        rewards = climbed.to(dtype).neg_().div_(steps)
-
-        step = step.index_select(0, self.sequence)  # of each cell
-        values = (after.gaps - before.gaps).to(dtype) / step
-        near_values = (gap - gap_before).to(dtype) / step.index_select(0, cell)
         return average_precision, _Gradient(
             rewards,
             negatives.entries,
@@ -266,6 +244,134 @@ class _Solver:
             near_values,
             self.sequence,
         )
+
+    def gaps_after(
+        self,
+        negatives: _Negatives,
+        before: _Placed,
+        gap: Tensor,
+        after: _Placed,
+    ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Find where negatives stand among the positives before and after a move.
+
+        Args:
+            negatives: The negatives.
+            before: The positives before.
+            gap: Gaps of the negatives that were searched for in ``before``.
+            after: The positives after.
+
+        Returns:
+            The numbers (s,) of the negatives that share a cell with a positive, before
+            or after; their gaps (s,) before and after; and the new rank of each
+            positive, (P,).
+        """
+        shared = before.shared | after.shared
+        near = true_indices(shared.index_select(0, negatives.cell))
+        cell = negatives.cell.index_select(0, near)
+        # Where they were not searched for before, the table knows.
+        gap_before = before.gaps.index_select(0, cell)
+        gap_before.masked_scatter_(before.shared.index_select(0, cell), gap)
+        gap_after = self.search(after, negatives, near)
+        overall = self.overall(after, negatives.histogram, gap_after, shared)
+        return near, gap_before, gap_after, overall
+
+    def lambd_of_sequences(self) -> Tensor:
+        """Return λ of each sequence, (S,)."""
+        return torch.cat(
+            [
+                self.flat.new_full((view.num_sequences,), view.ranking.lambd)
+                for view in self.views
+            ]
+        )
+
+    def move_together(
+        self,
+        negatives: _Negatives,
+        before: _Placed,
+        near: Tensor,
+        gap: Tensor,
+        overall: Tensor,
+    ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Algorithm 1 on the ranking of a sequence: all positives move at once.
+
+        Args:
+            negatives: The negatives.
+            before: The positives.
+            near: Numbers of the negatives that were searched for.
+            gap: Their gaps.
+            overall: Rank of each positive.
+
+        Returns:
+            ``rewards``, ``values``, ``near`` and ``near_values`` of the gradient.
+        """
+        # lambd * dL / d(rank / n), as n * rk+ / (P * rk^2). In floating point: the
+        # product in the denominator can exceed int64.
+        dtype = self.flat.dtype
+        lengths = torch.cat([view.lengths() for view in self.views])
+        step = lengths.to(dtype) * self.lambd_of_sequences()
+        steps = step.index_select(0, self.ids)
+        rank = overall.to(dtype)
+        rise = steps * before.among.to(dtype)
+        rise /= self.counts.to(dtype).index_select(0, self.ids) * rank * rank
+        after = self.place(self.scores + rise)
+        near, gap_before, gap_after, now = self.gaps_after(
+            negatives, before, gap, after
+        )
+        rewards = (overall - now).to(dtype).neg_().div_(steps)
+        step = step.index_select(0, self.sequence)  # of each cell
+        values = (after.gaps - before.gaps).to(dtype) / step
+        cell = negatives.cell.index_select(0, near)
+        near_values = (gap_after - gap_before).to(dtype) / step.index_select(0, cell)
+        return rewards, values, near, near_values
+
+    def move_singly(
+        self,
+        negatives: _Negatives,
+        before: _Placed,
+        near: Tensor,
+        gap: Tensor,
+        overall: Tensor,
+    ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Algorithm 1 on the rank of each positive among the negatives, on its own.
+
+        Arguments and result are those of :meth:`move_together`.
+        """
+        dtype = self.flat.dtype
+        now, gap_before = before.among, gap
+        # Above all negatives, which then stand below all positives of their sequence.
+        gaps_after = (self.first_gap + self.counts).index_select(0, self.sequence)
+        gap_after = gaps_after.index_select(0, negatives.cell.index_select(0, near))
+        if any(view.ranking.lambd < float('inf') for view in self.views):
+            lambd = self.lambd_of_sequences()
+            after = self.place(self.scores + lambd.index_select(0, self.ids))
+            top = lambd.isinf()
+            near, gap_before, gap_after, rank = self.gaps_after(
+                negatives, before, gap, after
+            )
+            cell = negatives.cell.index_select(0, near)
+            tops = top.index_select(0, self.sequence)  # of each cell
+            gap_after = torch.where(
+                tops.index_select(0, cell), gaps_after.index_select(0, cell), gap_after
+            )
+            gaps_after = torch.where(tops, gaps_after, after.gaps)
+            # Each has moved alone, so that its rank among the positives is the old one.
+            moved = rank - after.among + before.among
+            now = torch.where(top.index_select(0, self.ids), now, moved)
+        among, rank = before.among.to(dtype), overall.to(dtype)
+        gain = (among / now.to(dtype) - among / rank).clamp_(min=0)
+        gain /= self.counts.to(dtype).index_select(0, self.ids)
+        # Each negative that a positive has passed bears an equal part of its gain.
+        part = (gain / (overall - now).clamp(min=1).to(dtype)).double()
+        num_gaps = self.ids.numel() + self.num_sequences
+        above = part.new_zeros(num_gaps + 1)
+        above = above.index_copy_(0, before.gap + 1, part).cumsum_(0)
+
+        def passed(old: Tensor, new: Tensor) -> Tensor:
+            total = above.index_select(0, new) - above.index_select(0, old)
+            return total.to(dtype)
+
+        values = passed(before.gaps, gaps_after)
+        return gain.neg(), values, near, passed(gap_before, gap_after)
 
 
 class _SequenceAPLoss(torch.autograd.Function):
@@ -299,6 +405,7 @@ def sequence_ap_loss(
     exists: Optional[Tensor],
     rankings: Sequence[Ranking],
     margin: float = 0.0,
+    together: bool = True,
 ) -> List[Tuple[Tensor, Tensor]]:
     """``1 - AP`` of each sequence of each ranking, with the blackbox gradient.
 
@@ -313,11 +420,13 @@ def sequence_ap_loss(
             ``None`` means that all exist. Positives must exist.
         rankings: What is ranked.
         margin: Positives are lowered and negatives raised by half of it.
+        together: Whether all positives of a sequence are perturbed at once, or each on
+            its own.
 
     Returns:
         For each ranking the losses (S,), and (S,) True where there is a positive.
     """
-    solver = _solver(scores, positives, exists, rankings, margin)
+    solver = _solver(scores, positives, exists, rankings, margin, together)
     losses = _SequenceAPLoss.apply(scores, solver).split(solver.sizes)
     return list(zip(losses, (solver.counts > 0).split(solver.sizes)))
 
@@ -335,8 +444,8 @@ def _solver(
     exists: Optional[Tensor],
     rankings: Sequence[Ranking],
     margin: float,
+    together: bool = True,
 ) -> _Solver:
     scores = scores.detach().contiguous()
-    return _Solver(
-        [View(scores, positives, exists, ranking, margin) for ranking in rankings]
-    )
+    views = [View(scores, positives, exists, ranking, margin) for ranking in rankings]
+    return _Solver(views, together)

@@ -32,20 +32,22 @@ class Term(NamedTuple):
         return self.name == 'class_ap'
 
 
-def number(name: str, value: Any, positive: bool = False) -> float:
-    """Return a finite number >= 0 (or > 0) or raise an error that names it."""
+def number(
+    name: str, value: Any, positive: bool = False, finite: bool = True
+) -> float:
+    """Return a number >= 0 (or > 0) or raise an error that names it."""
     low = 'positive' if positive else 'non-negative'
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f'RaMBOLoss: {name} must be a {low} number, got {value!r}')
-    if not (value > 0 if positive else value >= 0) or value == float('inf'):
-        raise ValueError(
-            f'RaMBOLoss: {name} must be a finite {low} number, got {value!r}'
-        )
+    low_enough = value < float('inf') if finite else True
+    if not (low_enough and (value > 0 if positive else value >= 0)):
+        kind = f'finite {low}' if finite else low
+        raise ValueError(f'RaMBOLoss: {name} must be a {kind} number, got {value!r}')
     return float(value)
 
 
 def parse_term(
-    name: str, spec: Optional[Dict[str, Any]], lambd: float
+    name: str, spec: Optional[Dict[str, Any]], lambd: float, finite: bool
 ) -> Optional[Term]:
     """Check one term's dictionary; ``None`` or weight 0 switch the term off."""
     if spec is None:
@@ -69,7 +71,8 @@ def parse_term(
         )
     weight = number(f'{name}.weight', spec['weight'])
     own = spec.get('lambd')
-    lambd = lambd if own is None else number(f'{name}.lambd', own, positive=True)
+    if own is not None:
+        lambd = number(f'{name}.lambd', own, positive=True, finite=finite)
     return Term(name, weight, spec['span'], lambd) if weight else None
 
 

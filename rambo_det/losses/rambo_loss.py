@@ -25,6 +25,7 @@ from ..functional import (
     detection_ap_loss,
     detection_average_precision,
 )
+from ..functional.checks import check_perturb
 from .arguments import (
     DEFAULTS,
     SCORES,
@@ -69,7 +70,8 @@ class RaMBOLoss(nn.Module):
     Args:
         lambd (float): λ of Algorithm 1 for terms without one of their own: how far
             scores are moved to look for the gradient. It does not scale the loss, but
-            the larger it is the shorter the gradient. Defaults to 30.
+            with ``perturb='together'`` the larger it is the shorter the gradient.
+            With 'singly' it may be infinite. Defaults to 30.
         margin (float): α: positives are lowered and negatives raised by half of it
             before ranking, in units of the scores. Defaults to 0.15.
         margin_noise (bool): Whether each shift is multiplied by its own ``|N(0, 1)|``,
@@ -95,6 +97,10 @@ class RaMBOLoss(nn.Module):
             to None.
         check_values (bool): Whether to look for NaN and for labels out of range in
             each step, at the cost of a device synchronisation. Defaults to True.
+        perturb (str): How Algorithm 1 moves the positives of a sequence: 'together',
+            each by λ times its incoming gradient, as in the paper; or 'singly', each
+            on its own by λ, with the loss that this gains as its gradient. See
+            :func:`~rambo_det.functional.ap_loss`. Defaults to 'together'.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -127,8 +133,10 @@ class RaMBOLoss(nn.Module):
         loss_weight: float = 30.0,
         auxiliary: Optional[Dict[str, Any]] = None,
         check_values: bool = True,
+        perturb: str = 'together',
     ) -> None:
         super().__init__()
+        together = check_perturb('RaMBOLoss', perturb)
         if scores not in SCORES:
             raise ValueError(
                 f'RaMBOLoss: scores must be one of {SCORES}, got {scores!r}'
@@ -144,15 +152,16 @@ class RaMBOLoss(nn.Module):
             raise ValueError(
                 f'RaMBOLoss: memory must be a number of steps >= 0, got {memory!r}'
             )
-        self.lambd = number('lambd', lambd, positive=True)
+        self.perturb = perturb
+        self.lambd = number('lambd', lambd, positive=True, finite=together)
         self.margin = number('margin', margin)
         self.margin_noise = bool(margin_noise)
         self.memory = memory
         self.scores = scores
         self.has_background = has_background
         parsed = (
-            parse_term('class_ap', class_ap, self.lambd),
-            parse_term('pooled_ap', pooled_ap, self.lambd),
+            parse_term('class_ap', class_ap, self.lambd, together),
+            parse_term('pooled_ap', pooled_ap, self.lambd, together),
         )
         self.terms = tuple(term for term in parsed if term is not None)
         if not self.terms:
@@ -181,9 +190,9 @@ class RaMBOLoss(nn.Module):
     def extra_repr(self) -> str:
         """Show the settings in the printed model."""
         return (
-            f'margin={self.margin}, margin_noise={self.margin_noise}, '
-            f'memory={self.memory}, scores={self.scores!r}, '
-            f'loss_weight={self.loss_weight}, '
+            f'perturb={self.perturb!r}, margin={self.margin}, '
+            f'margin_noise={self.margin_noise}, memory={self.memory}, '
+            f'scores={self.scores!r}, loss_weight={self.loss_weight}, '
             f'terms={[tuple(term) for term in self.terms]}'
         )
 
@@ -354,7 +363,12 @@ class RaMBOLoss(nn.Module):
 
         rankings = [self._ranking(term, self._last[1], images) for term in self.terms]
         results = detection_ap_loss(
-            scores, labels, rankings, margin=fixed_margin, any_ignored=any_ignored
+            scores,
+            labels,
+            rankings,
+            margin=fixed_margin,
+            any_ignored=any_ignored,
+            perturb=self.perturb,
         )
         loss = scores.new_zeros(())
         for term, (losses, present) in zip(self.terms, results):
