@@ -25,7 +25,7 @@ def test_page_shows_what_the_tool_prints(capsys, monkeypatch):
     paragraphs = page.split('\n\n')
     places = [paragraphs.index(block) for block in printed]
     assert places == sorted(places)
-    assert len(places) == 7
+    assert len(places) == 8
     assert f'`n = {len(SCORES)}` and `P = {len(POSITIVES)}`' in page
     assert f'λ = {tool.LAMBD:g}' in page
     assert f'= 1/{len(SCORES) * tool.LAMBD:g} to both' in page
@@ -43,6 +43,12 @@ def test_example_agrees_with_the_oracle(lambd):
     moved = oracle.perturbed(SCORES, TARGETS, lambd)
     assert example.moved == pytest.approx(moved, abs=1e-12)
     assert example.new_ranks == oracle.ranks(moved, TARGETS)
+
+
+@pytest.mark.parametrize('lambd', tool.REACHES)
+def test_single_moves_agree_with_the_oracle(lambd):
+    _, gradient = oracle.ap_loss_singly(SCORES, TARGETS, lambd)
+    assert tool.gradient_singly(lambd) == pytest.approx(gradient, abs=1e-12)
 
 
 @pytest.mark.parametrize('moved', [False, True])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from bisect import bisect_left
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Sequence
 
@@ -33,6 +34,8 @@ LAMBD = 5.0
 # A second sequence beside the first, for the step that serves many at once.
 SECOND = {'D': 1.75, 'E': -0.25}
 LAMBDS = (0.1, 5.0, 50.0)
+# How far positives move where each moves on its own.
+REACHES = (0.5, 1.0, inf)
 BLUE, ORANGE, GREY, INK = '#1f65ab', '#d4603a', '#9a9a9a', '#2b2b2b'
 
 
@@ -256,6 +259,24 @@ def lambda_table() -> str:
     return markdown_table([head, *rows])
 
 
+def gradient_singly(lambd: float) -> list[float]:
+    """The gradient where each positive is moved on its own, by λ."""
+    scores = torch.tensor([SCORES], dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([TARGETS])
+    ap_loss(scores, targets, lambd=lambd, perturb='singly').sum().backward()
+    return scores.grad[0].tolist()
+
+
+def single_table() -> str:
+    """The gradient of each entry where positives move singly, for several λ."""
+    names = [f'**{n}**' if t else n for n, t in zip(NAMES, TARGETS)]
+    rows = [
+        ('∞' if lambd == inf else f'{lambd:g}', *map(_signed, gradient_singly(lambd)))
+        for lambd in REACHES
+    ]
+    return markdown_table([('λ', *names), *rows])
+
+
 def blocks() -> list[str]:
     """All that the page takes from here, in its order."""
     return [
@@ -266,6 +287,7 @@ def blocks() -> list[str]:
         sequence_text(),
         sequence_table(),
         lambda_table(),
+        single_table(),
     ]
 
 
