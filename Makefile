@@ -15,6 +15,9 @@ $(error no python3.11 or python3 on PATH; install Python 3.11, or name one: make
 endif
 endif
 
+# Tests at a time. Files stay together: some tests of a file share a trained detector.
+WORKERS ?= 2
+
 # Extra arguments, as in: make test ARGS='-m "not slow"'
 ARGS ?=
 
@@ -28,6 +31,7 @@ help:
 	@echo 'make clean   delete the environments and build products; keeps results and the compiled wheels'
 	@echo
 	@echo 'STACK=mmdet|onedl selects the stack (now $(STACK)), PYTHON=... the Python 3.11 (now $(PYTHON)),'
+	@echo 'WORKERS=N runs N tests at a time (now $(WORKERS)).'
 	@echo "ARGS='...' adds arguments to demo and test. Every target but clean runs setup first."
 
 setup:
@@ -37,7 +41,7 @@ demo: setup
 	$(VENV)/bin/python tools/demo.py $(ARGS)
 
 test: setup
-	$(VENV)/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: setup
 	$(VENV)/bin/python -m ruff format --check .
