@@ -1,0 +1,16 @@
+# The cheapest one, for trials: half the channels, three quarters of the RoIs, images of
+# about 160 pixels.
+_base_ = './faster-rcnn_mobilenetv2_fpn-p3.py'
+
+model = dict(
+    neck=dict(out_channels=64),
+    rpn_head=dict(in_channels=64, feat_channels=64),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=64), bbox_head=dict(in_channels=64)
+    ),
+    train_cfg=dict(
+        rpn_proposal=dict(nms_pre=300, max_per_img=150),
+        rcnn=dict(sampler=dict(num=48)),
+    ),
+    test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=150)),
+)
