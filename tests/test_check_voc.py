@@ -120,7 +120,7 @@ def only_class(root):
 # Training on the data, as far as the data go.
 
 
-def dataset_of(root, split='trainval', between=()):
+def dataset_of(root, split='trainval', between=(), **filter_cfg):
     register_all_modules()
     return DATASETS.build(
         dict(
@@ -129,7 +129,7 @@ def dataset_of(root, split='trainval', between=()):
             ann_file=f'ImageSets/Main/{split}.txt',
             data_prefix=dict(sub_data_root=''),
             metainfo=dict(classes=CLASSES),
-            filter_cfg=dict(filter_empty_gt=False),
+            filter_cfg=dict(filter_empty_gt=False, **filter_cfg),
             pipeline=[
                 dict(type='LoadImageFromFile'),
                 dict(type='LoadAnnotations', with_bbox=True),
@@ -294,7 +294,7 @@ ROWS = {
     ),
     'class-unknown': (
         lambda root: edit(root, FIRST, '<name>disc<', '<name>sedan<'),
-        ('Annotations/000001.xml', "1 objects 'sedan'", 'dropped, as training would'),
+        ('Annotations/000001.xml', "'sedan', 1 times", 'dropped, as training would'),
         drops_the_object,
     ),
     'class-empty': (
@@ -387,6 +387,22 @@ def test_row(kind, data, tmp_path, capsys):
                 assert 0 <= x0 < x1 <= SIZE[0] and 0 <= y0 < y1 <= SIZE[1]
 
 
+@pytest.mark.parametrize('kind', ['box-zero-area', 'box-inverted'])
+def test_the_filter_of_mmdets_voc_config_ignores_them(kind, data):
+    ROWS[kind][0](data)
+    sample = dataset_of(data, bbox_min_size=8)[0]['data_samples']
+    ignored = sample.ignored_instances.bboxes.tensor.tolist()
+    assert sum(x0 >= x1 or y0 >= y1 for x0, y0, x1, y1 in ignored) == 1
+    for x0, y0, x1, y1 in sample.gt_instances.bboxes.tensor.tolist():
+        assert x0 < x1 and y0 < y1
+
+
+def test_a_list_of_one_class_that_is_asked_for_is_no_list_of_images(data, capsys):
+    main([str(data), '--classes', *CLASSES, '--lists', 'disc_trainval'])
+    out = capsys.readouterr().out
+    assert 'list-line: 12 in 1 files' in out and "line 1: '000001  1'" in out
+
+
 def test_the_table_in_the_docs_has_every_kind():
     text = (ROOT / 'docs' / 'reliability.md').read_text()
     rows = re.findall(r'^\| `([\w-]+)` \|', text, re.MULTILINE)
@@ -427,13 +443,13 @@ def test_the_table_in_the_docs_has_every_kind():
         (
             lambda root: edit(root, FIRST, '<name>disc', '<name> Disc'),
             'class-unknown',
-            "1 objects ' Disc'",
+            "' Disc', 1 times",
             "renamed 'disc'",
         ),
         (
             lambda root: edit(root, FIRST, '<name>disc', '<name>disk'),
             'class-unknown',
-            "1 objects 'disk', did you mean 'disc'?",
+            "'disk', 1 times, did you mean 'disc'?",
             'dropped, as training would',
         ),
         (box(10.2, 3, 10.9, 9), 'box-zero-area', '(10.2, 3, 10.9, 9)', 'dropped'),
@@ -683,7 +699,7 @@ def test_blood_cells(tmp_path, capsys):
     arguments = ['--classes', 'RBC', 'WBC', 'Platelets']
     assert main([str(root), *arguments]) == 1
     out = capsys.readouterr().out
-    assert 'box-zero-area: 2 in 2 files' in out and '\n2 problems\n' in out
+    assert 'box-zero-area: 2 in 2 files' in out and '\nproblems: 2\n' in out
     fixed = tmp_path / 'fixed'
     assert main([str(root), *arguments, '--fix', str(fixed), '--link']) == 0
     changes = (fixed / REPORT).read_text().splitlines()

@@ -249,6 +249,7 @@ def train_demo(root, work_dir, pipeline, config=CE, **hook):
     """Train the demo's detector for two steps."""
     register_all_modules()
     cfg = Config.fromfile(config)
+    cfg.custom_hooks = []
     cfg.work_dir = str(work_dir)
     dataset = cfg.train_dataloader.dataset
     dataset.data_root = str(root)
@@ -257,7 +258,7 @@ def train_demo(root, work_dir, pipeline, config=CE, **hook):
     for part in ('val', 'test'):
         for key in ('cfg', 'dataloader', 'evaluator'):
             cfg[f'{part}_{key}'] = None
-    cfg.custom_hooks = [dict(type='InvalidLossHook', **hook)]
+    cfg.default_hooks.invalid_loss = dict(type='InvalidLossHook', **hook)
     cfg.default_hooks.checkpoint = dict(type='CheckpointHook', interval=5)
     cfg.experiment_name = work_dir.name
     cfg.log_level = 'ERROR'

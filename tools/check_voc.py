@@ -59,9 +59,8 @@ def report(checked: Checked, show: int) -> str:
             'class names: not checked. Name those of your config, spelled as in the '
             f'XML; found here: --classes {found}'
         )
-    lines.append(
-        f'{len(checked.problems)} problems' if checked.problems else 'all well'
-    )
+    total = len(checked.problems)
+    lines.append(f'problems: {total}' if total else 'all well')
     return '\n'.join(lines)
 
 

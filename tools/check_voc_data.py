@@ -141,7 +141,7 @@ def read_lists(
     classwise = [
         stem
         for stem, path in paths.items()
-        if per_class(stem, read_lines(path), [*paths])
+        if stem not in (only or ()) and per_class(stem, read_lines(path), [*paths])
     ]
     splits = [stem for stem in paths if stem not in classwise]
     missing = [stem for stem in only or () if stem not in paths]

@@ -185,7 +185,7 @@ class _Annotation:
             repair = 'dropped, as training would' if new is None else f'renamed {new!r}'
             like = difflib.get_close_matches(name, self.classes, 1)
             hint = f', did you mean {like[0]!r}?' if like and new is None else ''
-            self.note('class-unknown', f'{count} objects {name!r}{hint}', repair)
+            self.note('class-unknown', f'{name!r}, {count} times{hint}', repair)
         return found, counting
 
     def _known_name(self, name: str) -> str | None:

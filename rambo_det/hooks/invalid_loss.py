@@ -40,7 +40,11 @@ def _bad_boxes(samples: List[Any], only_cpu: bool) -> Iterator[Tuple[str, str]]:
         if truth is None or 'bboxes' not in truth:
             continue
         boxes = get_box_tensor(truth.bboxes).detach()
-        if boxes.ndim != 2 or boxes.size(1) != 4 or (only_cpu and boxes.is_cuda):
+        if (
+            boxes.ndim != 2
+            or boxes.size(1) != 4
+            or (only_cpu and boxes.device.type != 'cpu')
+        ):
             continue
         # NaN compares false, and inf - inf is NaN, so that both count as bad here.
         sides = boxes[:, 2:] - boxes[:, :2]
@@ -90,9 +94,11 @@ class InvalidLossHook(Hook):
         ValueError: If ``interval`` is not a positive integer, or at such a box.
         FloatingPointError: If a loss is not finite.
 
-    Example::
+    Example:
+        In ``default_hooks``, which configs that inherit this one add to, unlike the
+        list ``custom_hooks``, which they replace::
 
-        custom_hooks = [dict(type='InvalidLossHook')]
+            default_hooks = dict(invalid_loss=dict(type='InvalidLossHook'))
     """
 
     def __init__(self, interval: int = 1, check_boxes: bool = True) -> None:
