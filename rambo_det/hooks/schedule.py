@@ -1,4 +1,4 @@
-"""Hooks registered in mmengine's ``HOOKS``."""
+"""Change the settings of the loss during training."""
 
 import math
 from typing import Any, List, Optional
@@ -8,7 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop
 
-from .losses import SCHEDULED, RaMBOLoss
+from ..losses import SCHEDULED, RaMBOLoss
 
 _CURVES = ('linear', 'cosine', 'exponential', 'step')
 _UNITS = ('epoch', 'iteration', 'training')
