@@ -53,7 +53,10 @@ class RaMBOBBoxHeadMixin:
             return compute(cls_score, bbox_pred, rois, *args, **kw)
 
     def refine_bboxes(
-        self, sampling_results: List[Any], bbox_results: Dict[str, Any], metas: Any
+        self,
+        sampling_results: List[Any],
+        bbox_results: Dict[str, Any],
+        batch_img_metas: List[Dict[str, Any]],
     ) -> Any:
         """Return the boxes of the next stage; arguments are those of the stock head.
 
@@ -62,10 +65,10 @@ class RaMBOBBoxHeadMixin:
         list of boxes for each image.
         """
         refine = super().refine_bboxes  # type: ignore[misc]
-        results = refine(sampling_results, bbox_results, metas)
+        results = refine(sampling_results, bbox_results, batch_img_metas)
         if results is None and isinstance(self.loss_cls, RaMBOLoss):
             none = bbox_results['rois'].new_zeros((0, 4))
-            return [InstanceData(bboxes=none) for _ in metas]
+            return [InstanceData(bboxes=none) for _ in batch_img_metas]
         return results
 
 
