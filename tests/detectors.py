@@ -50,10 +50,10 @@ def build(name, change=None):
     return model.train()
 
 
-def batch(model, sizes=((64, 96), (80, 64))):
+def batch(model, sizes=((64, 96), (80, 64)), objects=None):
     """Images of several sizes with ground truth, preprocessed."""
     shapes = [[3, *size] for size in sizes]
-    data = demo_mm_inputs(len(sizes), shapes, num_classes=CLASSES)
+    data = demo_mm_inputs(len(sizes), shapes, objects, num_classes=CLASSES)
     return model.data_preprocessor(data, True)
 
 

@@ -343,6 +343,38 @@ def test_detection_layout_equals_sequences_spelled_out(problem, per_class, per_i
     torch.testing.assert_close(scores.grad, expected, rtol=1e-12, atol=1e-12)
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    problem=detections(),
+    per_class=st.booleans(),
+    per_image=st.booleans(),
+    part=st.tuples(st.integers(0, 10), st.integers(0, 10)),
+    perturb=st.sampled_from(['together', 'singly']),
+)
+def test_a_part_of_the_rows_is_ranked_as_if_alone(
+    problem, per_class, per_image, part, perturb
+):
+    scores, labels, images, num_images, lambd = problem
+    first, last = sorted(min(row, len(labels)) for row in part)
+    inside, outside = scores.clone().requires_grad_(), scores.clone().requires_grad_()
+    groups = (images[first:last], num_images) if per_image else (None, 1)
+    ranking = Ranking(lambd, per_class, *groups)
+    placed = ranking._replace(num_rows=last - first, first_row=first)
+    whole = Ranking(lambd, not per_class)  # ranked in the same call
+    results = detection_ap_loss(inside, labels, [placed, whole], perturb=perturb)
+    expected = [
+        *detection_ap_loss(
+            outside[first:last], labels[first:last], [ranking], perturb=perturb
+        ),
+        *detection_ap_loss(outside, labels, [whole], perturb=perturb),
+    ]
+    for (losses, present), (other, also) in zip(results, expected):
+        assert torch.equal(losses, other) and torch.equal(present, also)
+    for parts in (results, expected):
+        sum(losses.sum() for losses, _ in parts).backward()
+    torch.testing.assert_close(inside.grad, outside.grad, rtol=1e-12, atol=1e-12)
+
+
 def pairwise(scores, targets, lambd):
     """The oracle for one longer sequence: all pairs at once, (n,) tensors."""
 

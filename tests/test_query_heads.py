@@ -11,6 +11,11 @@ from rambo_det.functional import Ranking, detection_ap_loss
 PARTS = dict(DETRHead=2, DeformableDETRHead=2, DINOHead=2 + 1 + 2)
 
 
+def ranked(calls):
+    """Leave out the calls that were only recorded, to be ranked later."""
+    return [call for call in calls if call[3] is not None]
+
+
 @pytest.mark.parametrize('name', QUERY)
 def test_detector_trains_and_predicts(name):
     model = build(QUERY[name])
@@ -23,6 +28,7 @@ def test_detector_trains_and_predicts(name):
     total.backward()
     assert all(torch.isfinite(torch.as_tensor(value)) for value in logs.values())
     assert {'class_ap', 'pooled_ap'} <= set(logs)
+    calls = ranked(calls)
     # Decoder layers, then the encoder's output and the denoising queries.
     assert len(calls) == PARTS[name]
     for pred, _, _, (index, num_images) in calls:
@@ -53,6 +59,7 @@ def test_rows_of_an_image_follow_each_other(name):
         head._loss_dn_single(
             scores, torch.rand(2, 2 * most, 4), instances, metas, dn_meta=meta
         )
+    calls = ranked(calls)
     assert len(calls) == 1 + (name == 'DINOHead')
     for pred, _, _, (index, _) in calls:
         assert torch.equal(pred[:, 0].long(), index)

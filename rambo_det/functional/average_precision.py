@@ -197,9 +197,7 @@ def ap_loss(
     scores = at_least_float32(scores)
     scores = apply_margin(scores, targets, margin, margin_noise, generator)
     positives, exists, ranking = _rows('ap_loss', scores, targets, mask, float(lambd))
-    results = sequence_ap_loss(
-        scores, positives, exists, [ranking], together=together
-    )
+    results = sequence_ap_loss(scores, positives, exists, [ranking], together=together)
     return results[0][0]
 
 

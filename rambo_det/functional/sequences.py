@@ -13,10 +13,11 @@ class Ranking(NamedTuple):
         lambd: λ of Algorithm 1.
         per_class: Whether each column is a sequence of its own (number ``group * C +
             column``), or all columns together are one (number ``group``).
-        groups: (N,) int64 group 0..num_groups-1 of each row, such as its image: rows
-            meet only within their group. ``None`` puts all rows in one.
+        groups: int64 group 0..num_groups-1 of each row that takes part, such as its
+            image: rows meet only within their group. ``None`` puts all rows in one.
         num_groups: Number of groups.
-        num_rows: How many rows take part, the first ones; ``None`` means all.
+        num_rows: How many rows take part; ``None`` means all.
+        first_row: The first of them.
     """
 
     lambd: float
@@ -24,6 +25,7 @@ class Ranking(NamedTuple):
     groups: Optional[Tensor] = None
     num_groups: int = 1
     num_rows: Optional[int] = None
+    first_row: int = 0
 
 
 def true_indices(mask: Tensor) -> Tensor:
@@ -48,10 +50,15 @@ class View:
         margin: float,
     ) -> None:
         self.whole = scores.view(-1)
+        self.offset = ranking.first_row * scores.size(1)
         rows = len(scores) if ranking.num_rows is None else ranking.num_rows
         if rows < len(scores):
-            scores, exists = scores[:rows], None if exists is None else exists[:rows]
-            positives = positives[positives < scores.numel()]
+            part = slice(ranking.first_row, ranking.first_row + rows)
+            scores, exists = scores[part], None if exists is None else exists[part]
+            inside = positives < self.offset + scores.numel()
+            if self.offset:
+                inside &= positives >= self.offset
+            positives = positives[inside]
         self.scores = scores
         self.positives = positives
         self.exists = exists
@@ -72,9 +79,8 @@ class View:
             return None
         if groups is None:
             return index % num_cols
-        group = groups.index_select(
-            0, torch.div(index, num_cols, rounding_mode='floor')
-        )
+        row = torch.div(index - self.offset, num_cols, rounding_mode='floor')
+        group = groups.index_select(0, row)
         return group * num_cols + index % num_cols if self.ranking.per_class else group
 
     def scores_of(self, index: Tensor, sign: int) -> Tensor:
@@ -120,8 +126,8 @@ class View:
         if self.exists is not None:
             relevant &= self.exists
         relevant = relevant.view(-1)
-        relevant[self.positives] = False
-        return true_indices(relevant)
+        relevant[self.positives - self.offset] = False
+        return true_indices(relevant) + self.offset
 
     def num_bins(self, num_negatives: int) -> int:
         """Return the number of bins per sequence."""

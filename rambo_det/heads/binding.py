@@ -67,3 +67,23 @@ def image_major(num_images: int, rows_per_image: int, device: torch.device) -> T
     """Return the image of each row where the rows of an image follow each other."""
     index = torch.arange(num_images, device=device)
     return index.repeat_interleave(rows_per_image)
+
+
+def rank_nothing(loss_cls: RaMBOLoss, cls_scores: Tensor, columns: int) -> Tensor:
+    """Call the loss for a head that has nothing to rank, and so does not call it.
+
+    Where all processes rank together, the others wait for this one. And the classifier
+    becomes part of the graph: ``DistributedDataParallel`` waits for its gradient.
+
+    Args:
+        loss_cls: The loss.
+        cls_scores: The logits, of which none is ranked.
+        columns: The number of columns that their rows have.
+
+    Returns:
+        0, or the loss of the other processes' rows, with zero gradient.
+    """
+    pred = cls_scores.reshape(-1, columns)[:0]
+    labels = torch.zeros(0, dtype=torch.long, device=pred.device)
+    with loss_cls.images(labels, 1):
+        return loss_cls(pred, labels)

@@ -19,7 +19,7 @@ from mmdet.registry import MODELS
 from torch import Tensor
 
 from ..losses import RaMBOLoss
-from .binding import complete_loss_config, image_major
+from .binding import complete_loss_config, image_major, rank_nothing
 
 
 class RaMBODenseHeadMixin:
@@ -75,11 +75,15 @@ class RaMBODenseHeadMixin:
             return compute(cls_scores, *args, **kwargs)
         with self.loss_cls.deferred() as calls:
             losses = compute(cls_scores, *args, **kwargs)
-        if not calls:  # the head found nothing to train on
+        if losses is None:  # no anchor is in an image, at which mmdet stops
+            return None
+        name = f'loss_{self.prefix}cls'
+        if not calls:  # the head found nothing to rank
+            columns = self.cls_out_channels
+            losses[name] = rank_nothing(self.loss_cls, cls_scores[0], columns)
             return losses
         num_images = len(cls_scores[0])
         index = self._images_of_rows(cls_scores, sum(len(c.pred) for c in calls))
-        name = f'loss_{self.prefix}cls'
         losses[name] = self.loss_cls.joint(calls, index, num_images)
         for key, value in self.loss_cls.get_accuracy(*calls[0][:2]).items():
             losses[self.prefix + key] = value

@@ -7,7 +7,7 @@ from mmdet.registry import MODELS
 from torch import Tensor
 
 from ..losses import RaMBOLoss
-from .binding import complete_loss_config, image_major
+from .binding import complete_loss_config, image_major, rank_nothing
 
 
 class RaMBOQueryHeadMixin:
@@ -69,13 +69,21 @@ class RaMBOQueryHeadMixin:
     def _in_images(
         self, compute: Any, cls_scores: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        """Call a method of the stock head while the loss knows the images."""
+        """Call a method of the stock head, then rank what it gave to the loss.
+
+        Afterwards, since the method brings numbers of all processes together before
+        and after it calls the loss, and does not call it in a process that has no
+        objects, and so no denoising queries: all have to do all this in one order.
+        """
         if not isinstance(self.loss_cls, RaMBOLoss):
             return compute(cls_scores, *args, **kwargs)
-        num_images, num_queries = cls_scores.shape[:2]
+        with self.loss_cls.deferred() as calls:
+            _, *others = compute(cls_scores, *args, **kwargs)
+        num_images, num_queries, columns = cls_scores.shape
+        if not calls:
+            return (rank_nothing(self.loss_cls, cls_scores, columns), *others)
         index = image_major(num_images, num_queries, cls_scores.device)
-        with self.loss_cls.images(index, num_images):
-            return compute(cls_scores, *args, **kwargs)
+        return (self.loss_cls.joint(calls, index, num_images), *others)
 
 
 @MODELS.register_module()

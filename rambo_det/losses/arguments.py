@@ -32,9 +32,7 @@ class Term(NamedTuple):
         return self.name == 'class_ap'
 
 
-def number(
-    name: str, value: Any, positive: bool = False, finite: bool = True
-) -> float:
+def number(name: str, value: Any, positive: bool = False, finite: bool = True) -> float:
     """Return a number >= 0 (or > 0) or raise an error that names it."""
     low = 'positive' if positive else 'non-negative'
     if isinstance(value, bool) or not isinstance(value, (int, float)):

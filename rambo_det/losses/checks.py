@@ -1,9 +1,11 @@
 """Checks of what a head hands to RaMBOLoss; messages name what came."""
 
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
+
+IGNORED = -1
 
 
 def check_shapes(
@@ -102,3 +104,36 @@ def check_values(
             'learning rate, clip gradients, or look for zero-area boxes in the data'
         )
     return bool(flags[2])
+
+
+def ranked_labels(
+    pred: Tensor,
+    target: Tensor,
+    weight: Optional[Tensor],
+    has_background: bool,
+    look: bool,
+) -> Tuple[Tensor, bool]:
+    """Return the labels to rank by: int64, and ``IGNORED`` in rows of weight 0.
+
+    Args:
+        pred: Logits of shape (N, C), or (N, C + 1) with a background column.
+        target: Labels of shape (N,).
+        weight: Weights of shape (N,), if any.
+        has_background: Whether there is a background column.
+        look: Whether to look for NaN and bad labels, see :func:`check_values`.
+
+    Returns:
+        The labels of shape (N,), and whether any row may be ignored.
+
+    Raises:
+        ValueError: If a row that is not ignored has NaN or a label out of range.
+    """
+    labels = target.long()
+    ignored = None if weight is None else weight == 0
+    any_ignored = True
+    if look:
+        num_classes = pred.size(1) - has_background
+        any_ignored = check_values(pred, labels, ignored, num_classes)
+    if ignored is not None:
+        labels = labels.masked_fill(ignored, IGNORED)
+    return labels, any_ignored

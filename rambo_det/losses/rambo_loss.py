@@ -17,6 +17,7 @@ from typing import (
 
 import torch
 from mmdet.registry import MODELS
+from mmengine.dist import get_world_size
 from torch import Tensor, nn
 
 from ..functional import (
@@ -36,9 +37,9 @@ from .arguments import (
     parse_term,
 )
 from .calls import Call, OpenCalls, calling_head, hard_labels, merge_calls
-from .checks import check_reduction, check_shapes, check_values
+from .checks import check_reduction, check_shapes, ranked_labels
+from .gather import Exchange, Step, gather_step
 
-IGNORED = -1
 # What RaMBOScheduleHook can change during training.
 SCHEDULED = ('lambd', 'margin', 'loss_weight', 'auxiliary')
 
@@ -101,6 +102,11 @@ class RaMBOLoss(nn.Module):
             each by λ times its incoming gradient, as in the paper; or 'singly', each
             on its own by λ, with the loss that this gains as its gradient. See
             :func:`~rambo_det.functional.ap_loss`. Defaults to 'together'.
+        gather (bool, optional): Whether in distributed training the sequences of spans
+            'batch' and 'memory' hold the rows of all processes, and the means are taken
+            over the sequences of all. Then every process has to call the loss in every
+            step, else the others wait for it. Defaults to None: in the heads of this
+            package, which do so.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -134,6 +140,7 @@ class RaMBOLoss(nn.Module):
         auxiliary: Optional[Dict[str, Any]] = None,
         check_values: bool = True,
         perturb: str = 'together',
+        gather: Optional[bool] = None,
     ) -> None:
         super().__init__()
         together = check_perturb('RaMBOLoss', perturb)
@@ -152,7 +159,13 @@ class RaMBOLoss(nn.Module):
             raise ValueError(
                 f'RaMBOLoss: memory must be a number of steps >= 0, got {memory!r}'
             )
+        if gather is not None and not isinstance(gather, bool):
+            raise TypeError(
+                'RaMBOLoss: gather must be True, False or None (where the head calls '
+                f'the loss in every process), got {gather!r}'
+            )
         self.perturb = perturb
+        self.gather = gather
         self.lambd = number('lambd', lambd, positive=True, finite=together)
         self.margin = number('margin', margin)
         self.margin_noise = bool(margin_noise)
@@ -177,6 +190,7 @@ class RaMBOLoss(nn.Module):
         self.factors = dict.fromkeys(SCHEDULED, 1.0)
         self._fills_memory = memory > 0 and any(t.span == 'memory' for t in self.terms)
         self._memory: Deque[Tuple[Tensor, Tensor]] = deque(maxlen=memory)
+        self._exchange = Exchange(1 + len(self.terms))
         self._images: Optional[Tuple[Tensor, int]] = None
         self._last: Optional[Tuple[Tensor, Tensor, Optional[Tuple[Tensor, int]]]] = None
         self._warned_about_images = False
@@ -190,7 +204,7 @@ class RaMBOLoss(nn.Module):
     def extra_repr(self) -> str:
         """Show the settings in the printed model."""
         return (
-            f'perturb={self.perturb!r}, margin={self.margin}, '
+            f'perturb={self.perturb!r}, gather={self.gather}, margin={self.margin}, '
             f'margin_noise={self.margin_noise}, memory={self.memory}, '
             f'scores={self.scores!r}, loss_weight={self.loss_weight}, '
             f'terms={[tuple(term) for term in self.terms]}'
@@ -242,6 +256,9 @@ class RaMBOLoss(nn.Module):
     @contextmanager
     def images(self, index: Tensor, num_images: int) -> Iterator[None]:
         """Tell which image each row of the next calls belongs to.
+
+        A head that does so calls the loss in every process, also without rows: with
+        ``gather=None`` the processes then rank together.
 
         Args:
             index (Tensor): Image 0..num_images-1 of each row, int64, shape (N,).
@@ -326,42 +343,52 @@ class RaMBOLoss(nn.Module):
             TypeError: If ``pred`` or ``target`` has the wrong type.
             ValueError: If shapes do not fit, a label is out of range, ``pred``
                 contains NaN, or ``reduction_override`` is 'none' or unknown.
-            RuntimeError: If a head without binding calls once per pyramid level.
+            RuntimeError: If a head without binding calls once per pyramid level, or if
+                another process refused what it got.
         """
-        target = hard_labels(target)
-        check_reduction(reduction_override)
-        index = None if self._images is None else self._images[0]
-        check_shapes(pred, target, weight, index, self.has_background)
-        if self._deferred is not None:
-            self._deferred.append(Call(pred, target, weight, avg_factor))
-            return pred[:0].sum()
-        num_classes = pred.size(1) - self.has_background
-        labels = target.long()
-        ignored = None if weight is None else weight == 0
-        any_ignored = True
-        if self.check_values:
-            any_ignored = check_values(pred, labels, ignored, num_classes)
-        if ignored is not None:
-            labels = labels.masked_fill(ignored, IGNORED)
-
-        scores = self._ranked_scores(pred)
         images = self._images
+        together = self._ranks_together()
+        try:
+            target = hard_labels(target)
+            check_reduction(reduction_override)
+            index = None if images is None else images[0]
+            check_shapes(pred, target, weight, index, self.has_background)
+            if self._deferred is not None:
+                self._deferred.append(Call(pred, target, weight, avg_factor))
+                return pred[:0].sum()
+            labels, any_ignored = ranked_labels(
+                pred, target, weight, self.has_background, self.check_values
+            )
+            scores = self._ranked_scores(pred)
+        except Exception:
+            if together:  # the others wait for this process
+                self._exchange.refuse(pred.device)
+            raise
         self._last = (scores.detach(), labels, images)
+        rankings = [self._ranking(term, labels, images) for term in self.terms]
+        margin = fixed_margin = self.margin * self.factors['margin']
+        noise = bool(margin) and self.margin_noise
+        step = Step(scores, labels, any_ignored)
+        if together:
+            step = gather_step(
+                self._exchange, scores, labels, rankings, any_ignored, noise
+            )
+        rankings = [step.place(ranking) for ranking in rankings]
+
+        scores, labels, any_ignored = step[:3]
         if self.training and self._fills_memory:
-            past = self._recall(num_classes)
+            past = self._recall(scores.size(1))
             self._memory.append((scores.detach(), labels.detach()))
             if past is not None:
                 scores = torch.cat([scores, past[0].to(scores)])
                 labels = torch.cat([labels, past[1].to(labels)])
                 any_ignored = True
-        margin = fixed_margin = self.margin * self.factors['margin']
-        if margin and self.margin_noise:
-            classes = torch.arange(num_classes, device=labels.device)
+        if noise:
+            classes = torch.arange(scores.size(1), device=labels.device)
             positive = labels.unsqueeze(1) == classes
-            scores = apply_margin(scores, positive, margin, noise=True)
+            scores = apply_margin(scores, positive, margin, True, step.generator)
             fixed_margin = 0.0
 
-        rankings = [self._ranking(term, self._last[1], images) for term in self.terms]
         results = detection_ap_loss(
             scores,
             labels,
@@ -371,16 +398,24 @@ class RaMBOLoss(nn.Module):
             perturb=self.perturb,
         )
         loss = scores.new_zeros(())
-        for term, (losses, present) in zip(self.terms, results):
-            loss = loss + term.weight * losses.sum() / present.sum().clamp(min=1)
+        for term, mean in zip(self.terms, step.means(rankings, results)):
+            loss = loss + term.weight * mean
         loss = self.loss_weight * self.factors['loss_weight'] * loss
         share = self.factors['auxiliary']
-        if self.auxiliary is not None and share:
+        # Stock heads do not call their loss without rows, and not every loss bears it.
+        if self.auxiliary is not None and share and len(pred):
             other = self.auxiliary(pred, target, weight, avg_factor=avg_factor)
             loss = loss + share * other
         if images is None:
             self._refuse_levels(self._open_calls.add(loss, len(pred)), len(pred))
         return loss
+
+    def _ranks_together(self) -> bool:
+        """Return whether this call is one of all processes."""
+        if not self.training or self._deferred is not None:
+            return False
+        wanted = self._images is not None if self.gather is None else self.gather
+        return wanted and get_world_size() > 1
 
     def _refuse_levels(self, before: Optional[int], rows: int) -> None:
         """Raise if the preceding call, still without backward, had other rows."""
