@@ -93,7 +93,8 @@ def parts(value, path=''):
 
 # What RaMBO and VOC's data may change of a config for COCO.
 CHANGED = re.compile(
-    r'(^custom_imports|^custom_hooks|^rambo_loss|^voc_|_scope_$'
+    r'(^custom_imports|^custom_hooks|^default_hooks\.invalid_loss|^rambo_loss'
+    r'|^voc_|_scope_$'
     r'|\.loss_cls\.|\.num_classes$|\.score_thr$'
     r'|(bbox|rpn)_head(\.\d)?\.type$'
     r'|_dataloader\.dataset\.(data_root|ann_file|data_prefix\.img|metainfo\.)'
@@ -137,6 +138,7 @@ X101 = R101 | {
 }
 VOC07 = {'train_dataloader.dataset'}
 RECIPE = {'custom_hooks', 'rambo_loss'}
+GUARD = {'default_hooks.invalid_loss'}
 THRESHOLD = 'model.test_cfg.rcnn.score_thr'
 RPN = {'model.rpn_head.type', 'model.rpn_head.loss_cls'}
 PAPER = {
@@ -167,7 +169,7 @@ PAPER = {
 )
 def test_only_the_intended_keys_differ_from_the_baseline_of_mmdet(name, extra):
     found = differences(baseline(), load(f'pascal_voc/{name}'))
-    assert found == LOSS | RECIPE | {THRESHOLD} | extra
+    assert found == LOSS | RECIPE | GUARD | {THRESHOLD} | extra
 
 
 def test_every_pascal_voc_config_is_compared_above():
@@ -183,7 +185,7 @@ def test_every_pascal_voc_config_is_compared_above():
 def test_coco_format_differs_from_that_of_mmdet_in_the_loss_alone():
     name = 'pascal_voc/faster-rcnn_r50_fpn_{}1x_voc0712-cocofmt.py'
     found = differences(baseline(name.format('')), load(name.format('rambo_')))
-    assert found == LOSS | RECIPE | {THRESHOLD}
+    assert found == LOSS | RECIPE | GUARD | {THRESHOLD}
 
 
 def test_voc07_is_the_first_half_of_the_baseline():

@@ -1,6 +1,8 @@
 # The boxes' classes are ranked; masks are learned as in mmdet's baseline.
 _base_ = ['mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py', '../_base_/losses/rambo.py']
 
+default_hooks = dict(invalid_loss=dict(type='InvalidLossHook'))
+
 model = dict(
     roi_head=dict(
         bbox_head=dict(

@@ -6,6 +6,8 @@ _base_ = [
 
 stage_loss = dict(_base_.rambo_loss)
 del stage_loss['_delete_']  # nothing is merged into a list
+default_hooks = dict(invalid_loss=dict(type='InvalidLossHook'))
+
 # Every stage has a loss, and so a memory, of its own.
 model = dict(
     roi_head=dict(

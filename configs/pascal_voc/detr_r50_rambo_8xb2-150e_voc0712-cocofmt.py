@@ -4,6 +4,8 @@ _base_ = [
 ]
 custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
 
+default_hooks = dict(invalid_loss=dict(type='InvalidLossHook'))
+
 # One column per class instead of a softmax with "no object", so the matching takes
 # sigmoids as well.
 model = dict(

@@ -4,6 +4,8 @@ _base_ = [
     '../_base_/losses/rambo.py',
 ]
 
+default_hooks = dict(invalid_loss=dict(type='InvalidLossHook'))
+
 model = dict(
     roi_head=dict(
         bbox_head=dict(

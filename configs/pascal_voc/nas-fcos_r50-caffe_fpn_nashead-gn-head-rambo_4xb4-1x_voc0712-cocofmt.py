@@ -3,6 +3,7 @@ _base_ = [
     '../_base_/datasets/voc0712-cocofmt.py',
 ]
 custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
+default_hooks = dict(invalid_loss=dict(type='InvalidLossHook'))
 
 model = dict(
     bbox_head=dict(

@@ -1,5 +1,6 @@
 _base_ = 'mmdet::pascal_voc/retinanet_r50_fpn_1x_voc0712.py'
 custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
+default_hooks = dict(invalid_loss=dict(type='InvalidLossHook'))
 
 model = dict(
     bbox_head=dict(

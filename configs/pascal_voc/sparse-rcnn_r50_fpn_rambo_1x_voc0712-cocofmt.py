@@ -4,6 +4,8 @@ _base_ = [
 ]
 custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
 
+default_hooks = dict(invalid_loss=dict(type='InvalidLossHook'))
+
 # Every stage has a loss of its own.
 model = dict(
     roi_head=dict(

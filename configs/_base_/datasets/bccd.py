@@ -3,7 +3,7 @@ _base_ = './voc_subset.py'
 
 data_root = '{{$RAMBO_BCCD:data/bccd/BCCD/}}'
 train_pipeline = _base_.train_pipeline
-train_pipeline[3].scale = (320, 320)
+train_pipeline[2].scale = (320, 320)
 test_pipeline = _base_.test_pipeline
 test_pipeline[1].scale = (320, 320)
 dataset = dict(

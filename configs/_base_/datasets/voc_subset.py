@@ -8,9 +8,9 @@ data_prefix = dict(sub_data_root='VOC2007/')
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True),
-    # A box without area, as real data has, makes the box loss NaN.
-    dict(type='FilterAnnotations', min_gt_bbox_wh=(0, 0), keep_empty=False),
     dict(type='Resize', scale=(224, 224), keep_ratio=True),
+    # A box without area, as real data has and clipping makes, makes the box loss NaN.
+    dict(type='FilterAnnotations', min_gt_bbox_wh=(0, 0), keep_empty=False),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PackDetInputs'),
 ]

@@ -3,7 +3,7 @@
 _base_ = './voc_subset.py'
 
 train_pipeline = _base_.train_pipeline
-train_pipeline[3].scale = (160, 160)
+train_pipeline[2].scale = (160, 160)
 test_pipeline = _base_.test_pipeline
 test_pipeline[1].scale = (160, 160)
 train_dataloader = dict(dataset=dict(indices=1600, pipeline=train_pipeline))
