@@ -4,62 +4,13 @@ import pytest
 import torch
 
 pytest.importorskip('mmdet', reason='the hooks are registered in mmdet')
-from mmengine.model import BaseModel
-from mmengine.runner import Runner
+from toy_training import AUXILIARY, rambo_loss, train
 
-from rambo_det import RaMBOLoss, RaMBOScheduleHook
-
-
-class Classifier(BaseModel):
-    def __init__(self, loss):
-        super().__init__()
-        self.linear = torch.nn.Linear(2, 3)
-        self.loss = loss
-        self.seen = []
-
-    def forward(self, inputs, labels, mode='loss'):
-        self.seen.append(dict(getattr(self.loss, 'factors', {})))
-        return dict(loss=self.loss(self.linear(inputs), labels))
-
+from rambo_det import RaMBOScheduleHook
 
 FALLING = dict(
     type='RaMBOScheduleHook', param='lambd', start=128.0, curve='exponential'
 )
-
-
-def train(loss, hooks, work_dir, epochs, resume=False, loop=None):
-    torch.manual_seed(0)
-    data = [(torch.randn(2), index % 4) for index in range(20)]
-    model = Classifier(loss)
-    runner = Runner(
-        model=model,
-        work_dir=str(work_dir),
-        train_dataloader=dict(
-            batch_size=5,
-            dataset=data,
-            sampler=dict(type='DefaultSampler', shuffle=False),
-            collate_fn=dict(type='default_collate'),
-        ),
-        train_cfg=loop or dict(by_epoch=True, max_epochs=epochs),
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
-        custom_hooks=hooks,
-        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=1)),
-        default_scope='mmdet',
-        experiment_name=f'{work_dir.name}-{epochs}-{resume}',
-        resume=resume,
-        log_level='ERROR',
-    )
-    return runner, model
-
-
-AUXILIARY = dict(type='CrossEntropyLoss', use_sigmoid=True)
-
-
-def rambo_loss(**settings):
-    base = dict(lambd=2.0, margin_noise=False, pooled_ap=None, loss_weight=1.0)
-    base['auxiliary'] = AUXILIARY
-    base['class_ap'] = dict(span='batch', weight=1)
-    return RaMBOLoss(**{**base, **settings})
 
 
 def test_settings_follow_their_curves_and_are_logged(tmp_path):
@@ -85,13 +36,20 @@ def test_settings_follow_their_curves_and_are_logged(tmp_path):
         assert log[-1] == pytest.approx(factors[-1])
 
 
-def test_a_resumed_run_goes_on_where_it_was(tmp_path):
-    runner, whole = train(rambo_loss(), [FALLING], tmp_path / 'a', epochs=2)
+@pytest.mark.parametrize('curve', ['linear', 'cosine', 'exponential', 'step'])
+@pytest.mark.parametrize(
+    'unit, until', [('epoch', 1.75), ('iteration', 7), ('training', 0.9)]
+)
+def test_a_resumed_run_goes_on_where_it_was(tmp_path, curve, unit, until):
+    begin = until / 2
+    falling = dict(FALLING, curve=curve, begin=begin, until=until, unit=unit)
+    runner, whole = train(rambo_loss(), [falling], tmp_path / 'a', epochs=2)
     runner.train()
     (tmp_path / 'a' / 'epoch_2.pth').unlink()
     (tmp_path / 'a' / 'last_checkpoint').write_text(str(tmp_path / 'a' / 'epoch_1.pth'))
-    runner, rest = train(rambo_loss(), [FALLING], tmp_path / 'a', epochs=2, resume=True)
+    runner, rest = train(rambo_loss(), [falling], tmp_path / 'a', epochs=2, resume=True)
     runner.train()
+    assert len({seen['lambd'] for seen in whole.seen}) > 1
     assert rest.seen == whole.seen[4:]
     torch.testing.assert_close(rest.linear.weight, whole.linear.weight)
 

@@ -1,22 +1,17 @@
 """Change the settings of the loss during training."""
 
 import math
-from typing import Any, List, Optional
+from typing import Any, Optional
 
 from mmdet.registry import HOOKS
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop
 
-from ..losses import SCHEDULED, RaMBOLoss
+from ..losses import SCHEDULED
+from .model import named_losses
 
 _CURVES = ('linear', 'cosine', 'exponential', 'step')
 _UNITS = ('epoch', 'iteration', 'training')
-
-
-def _losses(runner: Any) -> List[RaMBOLoss]:
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-    return [module for module in model.modules() if isinstance(module, RaMBOLoss)]
 
 
 @HOOKS.register_module()
@@ -139,7 +134,7 @@ class RaMBOScheduleHook(Hook):
         self, runner: Any, batch_idx: int, data_batch: Optional[Any] = None
     ) -> None:
         """Set the factor for the coming iteration and log it."""
-        losses = _losses(runner)
+        losses = named_losses(runner).values()
         if not losses:
             raise ValueError(
                 f'{type(self).__name__}: the model has no RaMBOLoss whose {self.param} '

@@ -74,20 +74,25 @@ def check_values(
         Whether any row is ignored.
 
     Raises:
-        ValueError: If a row that is not ignored has NaN or a label out of range.
+        ValueError: If a row that is not ignored has NaN, before or after the softmax,
+            or a label out of range.
     """
     pred = pred.detach()
+    softmax = pred.size(1) > num_classes
     wrong = (labels < 0) | (labels > num_classes)
     # The sum is NaN if an entry is; it may be for others' sake (inf - inf), so a
-    # closer look follows. One synchronisation for all three answers.
-    suspicious = pred.sum(dtype=torch.float32).isnan()
+    # closer look follows. One synchronisation for all three answers. Infinite logits
+    # can be ranked, but a softmax turns them into NaN.
+    total = pred.sum(dtype=torch.float32)
+    suspicious = ~total.isfinite() if softmax else total.isnan()
     none = wrong.new_zeros(())
     flags = torch.stack(
         [suspicious, wrong.any(), none if ignored is None else ignored.any()]
     ).tolist()
     if not (flags[0] or flags[1]):
         return bool(flags[2])
-    nan = torch.isnan(pred)
+    infinite = softmax and not bool(pred.isnan().any())
+    nan = (pred.softmax(dim=1) if softmax else pred).isnan()
     if ignored is not None:
         nan, wrong = nan & ~ignored.unsqueeze(1), wrong & ~ignored
     if bool(wrong.any()):
@@ -98,8 +103,9 @@ def check_values(
             'the classes of the data set'
         )
     if bool(nan.any()):
+        what = 'infinite logits, NaN after the softmax' if infinite else 'NaN'
         raise ValueError(
-            f'RaMBOLoss: pred contains NaN ({int(nan.sum())} of {nan.numel()} '
+            f'RaMBOLoss: pred contains {what} ({int(nan.sum())} of {nan.numel()} '
             'entries), which has no rank: training has diverged. Lower the '
             'learning rate, clip gradients, or look for zero-area boxes in the data'
         )

@@ -1,12 +1,10 @@
 """RaMBO: average precision as the classification loss of a detector."""
 
 import warnings
-from collections import deque
 from contextlib import contextmanager
 from typing import (
     Any,
     Callable,
-    Deque,
     Dict,
     Iterator,
     List,
@@ -39,6 +37,7 @@ from .arguments import (
 from .calls import Call, OpenCalls, calling_head, hard_labels, merge_calls
 from .checks import check_reduction, check_shapes, ranked_labels
 from .gather import Exchange, Step, gather_step
+from .memory import ScoreMemory
 
 # What RaMBOScheduleHook can change during training.
 SCHEDULED = ('lambd', 'margin', 'loss_weight', 'auxiliary')
@@ -189,7 +188,10 @@ class RaMBOLoss(nn.Module):
         # Set by RaMBOScheduleHook, from the iteration alone: no state to be saved.
         self.factors = dict.fromkeys(SCHEDULED, 1.0)
         self._fills_memory = memory > 0 and any(t.span == 'memory' for t in self.terms)
-        self._memory: Deque[Tuple[Tensor, Tensor]] = deque(maxlen=memory)
+        self._memory = ScoreMemory(memory)
+        # Set by RaMBOMonitorHook for a step: takes the ranked scores and the labels,
+        # and returns the scores to go on with.
+        self.watch: Optional[Callable[[Tensor, Tensor], Tensor]] = None
         self._exchange = Exchange(1 + len(self.terms))
         self._images: Optional[Tuple[Tensor, int]] = None
         self._last: Optional[Tuple[Tensor, Tensor, Optional[Tuple[Tensor, int]]]] = None
@@ -365,6 +367,8 @@ class RaMBOLoss(nn.Module):
                 self._exchange.refuse(pred.device)
             raise
         self._last = (scores.detach(), labels, images)
+        if self.watch is not None:
+            scores = self.watch(scores, labels)
         rankings = [self._ranking(term, labels, images) for term in self.terms]
         margin = fixed_margin = self.margin * self.factors['margin']
         noise = bool(margin) and self.margin_noise
@@ -377,11 +381,11 @@ class RaMBOLoss(nn.Module):
 
         scores, labels, any_ignored = step[:3]
         if self.training and self._fills_memory:
-            past = self._recall(scores.size(1))
-            self._memory.append((scores.detach(), labels.detach()))
+            past = self._memory.recall(scores)
+            self._memory.append(scores.detach(), labels.detach(), step.processes > 1)
             if past is not None:
-                scores = torch.cat([scores, past[0].to(scores)])
-                labels = torch.cat([labels, past[1].to(labels)])
+                scores = torch.cat([scores, past[0]])
+                labels = torch.cat([labels, past[1]])
                 any_ignored = True
         if noise:
             classes = torch.arange(scores.size(1), device=labels.device)
@@ -469,33 +473,22 @@ class RaMBOLoss(nn.Module):
 
     # The score memory
 
-    def _recall(self, num_classes: int) -> Optional[Tuple[Tensor, Tensor]]:
-        """Return the remembered scores and labels, or ``None`` if there are none."""
-        if self._memory and self._memory[0][0].size(1) != num_classes:
-            warnings.warn(
-                'RaMBOLoss: the memory holds scores of '
-                f'{self._memory[0][0].size(1)} classes and pred has {num_classes}; '
-                'the memory, probably loaded from another model, was emptied',
-                stacklevel=3,
-            )
-            self._memory.clear()
-        if not self._memory:
-            return None
-        scores, labels = zip(*self._memory)
-        return torch.cat(scores), torch.cat(labels)
-
     def get_extra_state(self) -> Dict[str, Any]:
         """Return the memory for the ``state_dict``, oldest step first."""
-        return dict(
-            scores=[scores for scores, _ in self._memory],
-            labels=[labels for _, labels in self._memory],
-        )
+        return self._memory.state()
 
     def set_extra_state(self, state: Dict[str, Any]) -> None:
-        """Restore the memory; only the last ``memory`` steps are kept."""
-        self._memory.clear()
-        if self._fills_memory:
-            self._memory.extend(zip(state['scores'], state['labels']))
+        """Restore the memory; only the last ``memory`` steps are kept.
+
+        Raises:
+            ValueError: If the state is none that :meth:`get_extra_state` returns.
+        """
+        self._memory.load(state if self._fills_memory else dict(scores=[], labels=[]))
+
+    @property
+    def remembered(self) -> Optional[ScoreMemory]:
+        """The memory; ``None`` where no term has span 'memory'."""
+        return self._memory if self._fills_memory else None
 
     def _save_to_state_dict(
         self, destination: Dict[str, Any], prefix: str, keep_vars: bool
@@ -505,7 +498,7 @@ class RaMBOLoss(nn.Module):
         It expects tensors there, and stops a distributed training at anything else.
         """
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self._memory:
+        if not self._memory.saved:
             destination.pop(prefix + '_extra_state')
 
     def _load_from_state_dict(

@@ -1,0 +1,125 @@
+"""Checkpoints that are there whole or not at all."""
+
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator, List, Tuple, Union
+
+from mmdet.registry import HOOKS
+from mmengine.dist import is_main_process
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook
+
+_BACKEND = 'rambo_det_whole_files'
+
+
+class _WholeFiles(LocalBackend):
+    """Writes a file under another name first, and renames it when it is on disk."""
+
+    def put(self, obj: bytes, filepath: Union[str, Path]) -> None:
+        path = Path(filepath)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + '.unfinished')
+        try:
+            with open(unfinished, 'wb') as file:
+                file.write(obj)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+
+
+register_backend(_BACKEND, _WholeFiles, force=True)
+
+
+class _RemovingLater:
+    """A file backend that takes note of the files to remove, to do it later."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self._files: List[Tuple[str, int]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def remove(self, path: str) -> None:
+        self._files.append((path, os.stat(path).st_ino))
+
+    def remove_now(self) -> None:
+        for path, inode in self._files:
+            if os.stat(path).st_ino == inode:  # else it has been written anew
+                self._backend.remove(path)
+
+
+@HOOKS.register_module()
+class SafeCheckpointHook(CheckpointHook):
+    """mmengine's ``CheckpointHook``, safe against a full disk and a kill.
+
+    mmengine writes over the file in place, and with ``max_keep_ckpts`` it deletes the
+    oldest checkpoint before the new one is written; where writing fails, nothing may
+    be left to resume from. Here a checkpoint is written under another name and
+    renamed when it is complete, older ones are deleted afterwards, and
+    ``last_checkpoint`` keeps naming the previous one until then. It takes the room of
+    one more checkpoint.
+
+    Arguments are those of ``CheckpointHook``, for local files only.
+
+    Raises:
+        ValueError: If ``backend_args`` or ``file_client_args`` are given.
+
+    Example:
+        In a config::
+
+            default_hooks = dict(
+                checkpoint=dict(type='SafeCheckpointHook', interval=1, max_keep_ckpts=1)
+            )
+    """
+
+    file_backend: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        for name in ('backend_args', 'file_client_args'):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f'{type(self).__name__}: {name} must be None, as checkpoints are '
+                    f"written to local files, got {kwargs[name]!r}; use mmengine's "
+                    'CheckpointHook for other storage'
+                )
+        kwargs['backend_args'] = dict(backend=_BACKEND)
+        super().__init__(*args, **kwargs)
+
+    @contextmanager
+    def _nothing_lost(self, runner: Any) -> Iterator[None]:
+        """Remove files at the end, and nothing where saving fails."""
+        if not is_main_process():  # the others neither save nor remove
+            yield
+            return
+        pointer = Path(runner.work_dir, 'last_checkpoint')
+        spare = pointer.with_name(pointer.name + '.previous')
+        if pointer.exists():
+            shutil.copy(str(pointer), str(spare))
+        backend = self.file_backend
+        self.file_backend = later = _RemovingLater(backend)
+        try:
+            yield
+        except BaseException:
+            if spare.exists():
+                os.replace(spare, pointer)  # takes no room, unlike writing it again
+            raise
+        finally:
+            self.file_backend = backend
+        spare.unlink(missing_ok=True)
+        later.remove_now()
+
+    def _save_checkpoint_with_step(
+        self, runner: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        with self._nothing_lost(runner):
+            super()._save_checkpoint_with_step(runner, *args, **kwargs)
+
+    def _save_best_checkpoint(self, runner: Any, *args: Any, **kwargs: Any) -> None:
+        with self._nothing_lost(runner):
+            super()._save_best_checkpoint(runner, *args, **kwargs)

@@ -1,0 +1,329 @@
+"""Exact resuming: the states that mmengine leaves out of a checkpoint."""
+
+import random
+import zipfile
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import numpy as np
+import torch
+from mmdet.registry import HOOKS
+from mmengine.dist import all_gather_object, get_rank, get_world_size
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import IterBasedTrainLoop, find_latest_checkpoint
+from torch import Tensor
+
+from .model import named_losses
+
+KEY = 'exact_resume'
+
+
+def random_state() -> Dict[str, Any]:
+    """Return the state of the global random generators, in tensors and plain values.
+
+    They are those of Python, NumPy, PyTorch and the current GPU.
+    """
+    version, words, gauss = random.getstate()
+    # Typed as if it could be a dictionary, which it is for legacy=False only.
+    numpy: Tuple[Any, ...] = np.random.get_state()  # type: ignore[assignment]
+    _, keys, position, has_gauss, cached = numpy
+    state = dict(
+        python=dict(version=version, words=torch.tensor(words), gauss=gauss),
+        numpy=dict(
+            keys=torch.from_numpy(keys.astype(np.int64)),
+            position=int(position),
+            has_gauss=int(has_gauss),
+            cached=float(cached),
+        ),
+        torch=torch.get_rng_state(),
+    )
+    if torch.cuda.is_initialized():
+        state['cuda'] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: Dict[str, Any]) -> None:
+    """Restore what :func:`random_state` returned, wherever its tensors now are."""
+    python, numpy = state['python'], state['numpy']
+    words = tuple(python['words'].tolist())
+    random.setstate((python['version'], words, python['gauss']))
+    keys = numpy['keys'].cpu().numpy().astype(np.uint32)
+    np.random.set_state(
+        ('MT19937', keys, numpy['position'], numpy['has_gauss'], numpy['cached'])
+    )
+    torch.set_rng_state(state['torch'].cpu())
+    if 'cuda' in state and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state['cuda'].cpu())
+
+
+class _AfterSkipping:
+    """Calls a function between the batches that are skipped and those trained on."""
+
+    def __init__(self, batches: Any, skipped: int, then: Any) -> None:
+        self._batches, self._skipped, self._then = batches, skipped, then
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self._skipped == 0:
+            self._then()
+        self._skipped -= 1
+        return next(self._batches)
+
+
+@HOOKS.register_module()
+class ExactResumeHook(Hook):
+    """Let a resumed training go on as if it had never been interrupted.
+
+    A checkpoint of mmengine has the weights, the optimizer, the schedules and, of
+    :class:`~rambo_det.losses.RaMBOLoss`, the score memory of the first process. This
+    hook adds the random states of Python, NumPy, PyTorch and the GPU, the seed with
+    which the data are shuffled, and what the other processes remember. It also keeps
+    the validation from touching the random states, and stops a resuming that would go
+    wrong without a word: from a file that is truncated or missing, or into a model of
+    other shapes.
+
+    A training with deterministic operations then ends with the same weights, bit by
+    bit, wherever it was killed and resumed from a checkpoint between epochs (or, with
+    ``IterBasedTrainLoop``, between any iterations). Data have to be loaded in the
+    process itself (``num_workers=0``) or by workers that start anew in each epoch
+    (``persistent_workers=False``).
+
+    With ``load_from`` and without ``resume``, another training starts: nothing is
+    restored, and the score memory is left empty.
+
+    Example:
+        In a config::
+
+            custom_hooks = [dict(type='ExactResumeHook')]
+    """
+
+    # Before other hooks draw numbers for the coming epoch.
+    priority = 'VERY_HIGH'
+
+    def __init__(self) -> None:
+        self._restored: Optional[Dict[str, Any]] = None
+        self._before_validation: Optional[Dict[str, Any]] = None
+        self._gathered: Tuple[int, List[Any]] = (-1, [])
+
+    # Saving
+
+    def _own_state(self, runner: Any) -> Dict[str, Any]:
+        """Return what is this process' alone."""
+        state: Dict[str, Any] = dict(random=random_state(), memory={})
+        if get_world_size() > 1:
+            for name, loss in named_losses(runner).items():
+                memory = loss.get_extra_state()
+                if 'rank' not in memory:  # all have the one in the checkpoint
+                    continue
+                for key in ('scores', 'labels'):
+                    memory[key] = [tensor.cpu() for tensor in memory[key]]
+                state['memory'][name] = memory
+        return state
+
+    def _gather(self, runner: Any) -> None:
+        """Collect the states of all processes: only the first one saves."""
+        if get_world_size() > 1:
+            self._gathered = runner.iter, all_gather_object(self._own_state(runner))
+
+    def after_train_epoch(self, runner: Any) -> None:
+        """Collect what a checkpoint after this epoch holds."""
+        self._gather(runner)
+
+    def after_train_iter(
+        self,
+        runner: Any,
+        batch_idx: int,
+        data_batch: Optional[Any] = None,
+        outputs: Optional[Any] = None,
+    ) -> None:
+        """Collect what a checkpoint after this iteration holds, if there is one."""
+        if get_world_size() == 1:
+            return
+        for hook in runner.hooks:
+            if isinstance(hook, CheckpointHook) and not hook.by_epoch:
+                due = self.every_n_train_iters(runner, hook.interval, hook.save_begin)
+                if due or self.is_last_train_iter(runner):
+                    self._gather(runner)
+                    return
+
+    def before_val_epoch(self, runner: Any) -> None:
+        """Keep the random states, and collect for a checkpoint of the best model."""
+        self._before_validation = random_state()
+        self._gather(runner)
+
+    def after_val_epoch(
+        self, runner: Any, metrics: Optional[Dict[str, float]] = None
+    ) -> None:
+        """Restore the random states that the validation has changed."""
+        if self._before_validation is not None:
+            set_random_state(self._before_validation)
+            self._before_validation = None
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: Dict[str, Any]) -> None:
+        """Add the states."""
+        gathered_at, states = self._gathered
+        if get_world_size() == 1 or gathered_at != runner.iter:
+            states = [self._own_state(runner)]
+        sampler = _seeded_sampler(runner)
+        checkpoint[KEY] = dict(
+            processes=get_world_size(),
+            states=states,
+            sampler_seed=None if sampler is None else sampler.seed,
+        )
+
+    # Resuming
+
+    def before_run(self, runner: Any) -> None:
+        """Check the file that will be resumed from.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is no complete checkpoint.
+        """
+        if runner._resume:
+            path = runner._load_from or find_latest_checkpoint(runner.work_dir)
+            if path is not None and '://' not in path:
+                _check_file(path, runner.work_dir)
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: Dict[str, Any]) -> None:
+        """Take the states out, for the first epoch.
+
+        Raises:
+            ValueError: If the weights are not those of the model.
+        """
+        memories = [f'{name}._extra_state' for name in named_losses(runner)]
+        if not runner._resume:
+            for key in memories:
+                checkpoint.get('state_dict', checkpoint).pop(key, None)
+            return
+        _check_weights(runner, checkpoint['state_dict'], memories)
+        saved: Dict[str, Any] = checkpoint.get(KEY, {})
+        processes = get_world_size()
+        problem = None
+        if not saved:
+            problem = 'it was saved without this hook'
+        elif saved['processes'] != processes:
+            problem = f'it has {saved["processes"]} processes and this is {processes}'
+        elif len(saved['states']) != processes:
+            problem = (
+                f'it has the state of only {len(saved["states"])} of {processes} '
+                'processes, as no CheckpointHook saved it'
+            )
+        if problem:
+            runner.logger.warning(
+                f'{type(self).__name__}: this training will not go on exactly as the '
+                f'one in the checkpoint: {problem}. Random numbers start anew'
+            )
+            return
+        own = saved['states'][get_rank()]
+        for name, memory in own['memory'].items():
+            checkpoint['state_dict'][f'{name}._extra_state'] = memory
+        self._restored = own['random']
+        sampler = _seeded_sampler(runner)
+        if sampler is not None and saved['sampler_seed'] is not None:
+            sampler.seed = saved['sampler_seed']
+
+    def before_train(self, runner: Any) -> None:
+        """Say what keeps this training from being resumed exactly."""
+        loader = runner.train_loop.dataloader
+        if loader.num_workers and loader.persistent_workers:
+            runner.logger.warning(
+                f'{type(self).__name__}: the workers that load the data live on from '
+                'epoch to epoch with random states of their own, which no checkpoint '
+                'holds. For exact resuming set persistent_workers=False or '
+                'num_workers=0 in train_dataloader'
+            )
+        length = len(loader)
+        iterations = isinstance(runner.train_loop, IterBasedTrainLoop)
+        if self._restored is not None and not iterations and runner.iter % length:
+            runner.logger.warning(
+                f'{type(self).__name__}: the checkpoint was saved at iteration '
+                f'{runner.iter}, within an epoch of {length}, which mmengine starts '
+                'from its beginning. For exact resuming save by epoch'
+            )
+
+    def before_train_epoch(self, runner: Any) -> None:
+        """Restore the random states, once."""
+        if self._restored is None:
+            return
+        loop = runner.train_loop
+        if isinstance(loop, IterBasedTrainLoop):
+            # It now loads, and skips, what was already trained on.
+            loop.dataloader_iterator = _AfterSkipping(
+                loop.dataloader_iterator, loop.iter, self._restore
+            )
+        else:
+            self._restore()
+
+    def _restore(self) -> None:
+        if self._restored is not None:
+            set_random_state(self._restored)
+            self._restored = None
+
+
+def _seeded_sampler(runner: Any) -> Optional[Any]:
+    """Return the sampler of the training data that has a seed, if one has."""
+    loader = runner.train_loop.dataloader
+    for owner in (loader, loader.batch_sampler):
+        sampler = getattr(owner, 'sampler', None)
+        if isinstance(getattr(sampler, 'seed', None), int):
+            return sampler
+    return None
+
+
+def _check_file(path: str, work_dir: str) -> None:
+    """Raise unless a file is there and complete; say which other one is."""
+    if zipfile.is_zipfile(path):
+        return
+    others = [
+        str(other)
+        for other in sorted(
+            Path(work_dir).glob('*.pth'), key=lambda p: p.stat().st_mtime
+        )
+        if zipfile.is_zipfile(other)
+    ]
+    advice = (
+        f'resume from a complete one, such as {others[-1]}'
+        if others
+        else f'there is no complete one in {work_dir}, so train anew'
+    )
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f'ExactResumeHook: there is no checkpoint {path!r} to resume from; {advice}'
+        )
+    raise ValueError(
+        f'ExactResumeHook: the checkpoint {path!r} ({Path(path).stat().st_size} bytes) '
+        f'is truncated, or not written by torch.save; {advice}'
+    )
+
+
+def _check_weights(runner: Any, saved: Dict[str, Any], memories: List[str]) -> None:
+    """Raise unless a checkpoint has all weights of the model in the same shapes."""
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    saved = {
+        key.replace('module.', '', 1) if key.startswith('module.') else key: value
+        for key, value in saved.items()
+    }
+    wrong = []
+    for key, value in model.state_dict().items():
+        if key in memories or not isinstance(value, Tensor):
+            continue
+        found = saved.get(key)
+        if not isinstance(found, Tensor):
+            wrong.append(f'{key} is missing')
+        elif found.shape != value.shape:
+            wrong.append(
+                f'{key} has shape {tuple(found.shape)} and the model needs '
+                f'{tuple(value.shape)}'
+            )
+    if wrong:
+        raise ValueError(
+            'ExactResumeHook: the checkpoint does not fit the model, and mmengine '
+            f'would go on with initial weights there: {"; ".join(wrong[:5])}'
+            + (f'; and {len(wrong) - 5} more' if len(wrong) > 5 else '')
+            + '. Check num_classes. To start another training from it, use load_from '
+            'without resume'
+        )
