@@ -27,9 +27,16 @@ def test_table(tmp_path):
         '| ce | 12.3 |  |',
         '| rambo |  | 50.0 |',
     ]
-    a.write_text(json.dumps({'loss': 1.0}))
+    a.write_text(
+        '\n'.join(json.dumps({'loss_bbox': x, 'epoch': 1 + x // 3}) for x in range(6))
+    )
     with pytest.raises(ValueError, match='holds no'):
         results_table.table([a])
+    assert results_table.table([a], 'loss_bbox').splitlines()[2:] == [
+        '| ce | 1.000 | 4.000 |'
+    ]
+    with pytest.raises(ValueError, match="no 'loss_cls'; it has loss_bbox"):
+        results_table.table([a], 'loss_cls')
 
 
 FOLDERS = sorted(p for p in (ROOT / 'docs' / 'results').iterdir() if p.is_dir())
