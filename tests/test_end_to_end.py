@@ -10,22 +10,14 @@ import torch
 from demo_configs import RAMBO, ROOT
 
 pytest.importorskip('mmdet', reason='runs the scripts of mmdet')
+from checkpoints import load_checkpoint
 from mmdet.apis import DetInferencer
 from mmdet.registry import DATASETS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
-from rambo_det.checkpoint import allow_mmengine_checkpoints
-
 SHARED = ROOT.parent / 'shared'
 MEMORY = 'roi_head.bbox_head.loss_cls._extra_state'
-
-
-def load(path):
-    # Once more: where the fork of mmengine loads a checkpoint, it afterwards forbids
-    # for the whole process the classes that it allowed itself.
-    allow_mmengine_checkpoints()
-    return torch.load(path, weights_only=True)
 
 
 def run(script, *arguments, **environment):
@@ -67,7 +59,7 @@ def train_arguments(work_dir, epochs):
 
 def test_checkpoint_holds_the_memory_and_loads_safely(trained):
     work_dir, _ = trained
-    checkpoint = load(work_dir / 'epoch_1.pth')
+    checkpoint = load_checkpoint(work_dir / 'epoch_1.pth')
     memory = checkpoint['state_dict'][MEMORY]
     assert len(memory['scores']) == len(memory['labels']) == 3
     assert memory['scores'][0].size(1) == 6
@@ -98,9 +90,9 @@ def test_training_resumes_with_its_memory(trained):
         'train.py', *train_arguments(work_dir, epochs=2), '--resume', **environment
     )
     assert 'resumed epoch: 1' in log
-    checkpoint = load(work_dir / 'epoch_2.pth')
+    checkpoint = load_checkpoint(work_dir / 'epoch_2.pth')
     memory = checkpoint['state_dict'][MEMORY]['scores']
-    before = load(work_dir / 'epoch_1.pth')
+    before = load_checkpoint(work_dir / 'epoch_1.pth')
     # Three steps an epoch and a memory of seven: the first three are still there.
     assert len(memory) == 6
     for old, kept in zip(before['state_dict'][MEMORY]['scores'], memory):

@@ -17,6 +17,7 @@ from torch import nn
 
 pytest.importorskip('mmdet', reason='trains with mmengine')
 import mmengine.optim.optimizer.amp_optimizer_wrapper as amp
+from checkpoints import load_checkpoint
 from test_rambo_loss import BATCH, CLASS, PLAIN, random_batch
 from toy_training import examples, loader, rambo_loss, train
 
@@ -211,7 +212,7 @@ def trained_until_the_disk_is_full(work_dir, monkeypatch, where, **checkpoint):
 
 def resumed(work_dir, **checkpoint):
     last = Path((work_dir / 'last_checkpoint').read_text())
-    assert torch.load(last, weights_only=True)['meta']['epoch'] == 1
+    assert load_checkpoint(last)['meta']['epoch'] == 1
     checkpoint = dict(interval=1, **checkpoint)
     runner, model = train(
         rambo_loss(), [], work_dir, 3, resume=True, checkpoint=checkpoint
@@ -254,7 +255,7 @@ def test_full_disk_with_the_stock_hook(tmp_path, monkeypatch):
     settings = dict(type='CheckpointHook')
     trained_until_the_disk_is_full(tmp_path, monkeypatch, STOCK, **settings)
     with pytest.raises(RuntimeError):
-        torch.load(tmp_path / 'epoch_2.pth', weights_only=True)
+        load_checkpoint(tmp_path / 'epoch_2.pth')
     resumed(tmp_path, **settings)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip('mmdet', reason='the hooks are registered in mmdet')
+from checkpoints import load_checkpoint
 from mmengine.hooks import Hook
 from test_rambo_loss import memory_loss, random_batch
 from torch.multiprocessing import spawn
@@ -209,7 +210,7 @@ def test_a_checkpoint_without_the_states_is_named(tmp_path, monkeypatch):
 
 def test_loading_weights_for_another_training_restores_nothing(tmp_path):
     path = trained(tmp_path / 'a') / 'epoch_2.pth'
-    assert any('_extra_state' in key for key in load(path)['state_dict'])
+    assert any('_extra_state' in key for key in load_checkpoint(path)['state_dict'])
     model = train(noisy_loss(), EXACT, tmp_path / 'b', 1, load_from=str(path))
     runner, model = model
     first = []
@@ -224,12 +225,8 @@ def test_loading_weights_for_another_training_restores_nothing(tmp_path):
     assert runner.iter == 4
 
 
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
 def rewrite(path, change):
-    checkpoint = load(path)
+    checkpoint = load_checkpoint(path)
     change(checkpoint)
     torch.save(checkpoint, path)
 
@@ -441,11 +438,13 @@ def test_two_processes_resume_with_what_each_had(tmp_path):
         spawn(_in_two_processes, (tmp_path, resume, EXACT), nprocs=2)
         go_back_to(tmp_path, 'epoch_2.pth')
         if not resume:
-            saved = load(tmp_path / 'epoch_2.pth')
+            saved = load_checkpoint(tmp_path / 'epoch_2.pth')
             assert len(saved[KEY]['states']) == saved[KEY]['processes'] == 2
     memories = []
     for rank in (0, 1):
-        whole, rest = (load(tmp_path / f'{n}-{rank}.pt') for n in ('whole', 'resumed'))
+        whole, rest = (
+            load_checkpoint(tmp_path / f'{n}-{rank}.pt') for n in ('whole', 'resumed')
+        )
         for key, value in whole.items():
             assert str(value) == str(rest[key])
         memories.append(str(whole['loss._extra_state']['scores']))
@@ -506,7 +505,7 @@ def test_ema(tmp_path, begin, update_buffers, load):
     runner, model = noisy_training(tmp_path / 'ema', [ema], **settings)
     runner.register_hook(Look())
     runner.train()
-    saved = torch.load(tmp_path / 'ema' / 'epoch_4.pth', weights_only=True)
+    saved = load_checkpoint(tmp_path / 'ema' / 'epoch_4.pth')
     averaged, own = saved['state_dict'], saved['ema_state_dict']
     assert torch.equal(averaged['linear.weight'], in_validation[-1]['linear.weight'])
     assert torch.equal(own['module.linear.weight'], model.linear.weight)

@@ -58,10 +58,17 @@ def set_random_state(state: Dict[str, Any]) -> None:
 
 
 class _AfterSkipping:
-    """Calls a function between the batches that are skipped and those trained on."""
+    """Calls a function between the batches that are skipped and those trained on.
 
-    def __init__(self, batches: Any, skipped: int, then: Any) -> None:
-        self._batches, self._skipped, self._then = batches, skipped, then
+    mmengine skips by asking for each of them, its fork by a call of ``skip_iter``.
+    """
+
+    def __init__(self, batches: Any, iteration: int, then: Any) -> None:
+        self._batches, self._then = batches, then
+        self._skipped = 0 if hasattr(batches, 'skip_iter') else iteration
+
+    def skip_iter(self, number: int) -> None:
+        self._batches.skip_iter(number)
 
     def __iter__(self) -> Iterator[Any]:
         return self
