@@ -14,8 +14,9 @@ from demo_configs import RAMBO, ROOT
 
 pytest.importorskip('mmdet', reason='runs the scripts of mmdet')
 import detectors
+from checkpoints import load_checkpoint
 from mmengine.config import Config
-from test_end_to_end import load, run
+from test_end_to_end import run
 from test_import import HIDE
 
 EPOCHS, STEPS = 4, 3  # 12 images in batches of 4
@@ -56,7 +57,7 @@ def uninterrupted(config, tmp_path_factory):
     work_dir = tmp_path_factory.mktemp('uninterrupted')
     log = run('train.py', str(path), '--work-dir', str(work_dir), **environment)
     assert 'rambo/zero_grad_share' in log
-    return load(work_dir / f'epoch_{EPOCHS}.pth')
+    return load_checkpoint(work_dir / f'epoch_{EPOCHS}.pth')
 
 
 def train_until(step, signal_number, path, work_dir, environment):
@@ -109,7 +110,7 @@ def test_a_killed_training_ends_with_the_same_weights(
     arguments = [str(path), '--work-dir', str(tmp_path), '--resume']
     log = run('train.py', *arguments, **environment)
     assert f'resumed epoch: {done}' in log
-    resumed = load(tmp_path / f'epoch_{EPOCHS}.pth')
+    resumed = load_checkpoint(tmp_path / f'epoch_{EPOCHS}.pth')
     parts = ('state_dict', 'ema_state_dict', 'optimizer', 'exact_resume')
     for part in (*parts, 'param_schedulers'):
         assert differences(resumed[part], uninterrupted[part]) == []
