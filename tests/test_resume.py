@@ -341,7 +341,7 @@ def test_a_memory_of_another_length_keeps_what_there_is(length, kept):
 
 
 def as_process(monkeypatch, rank, processes):
-    monkeypatch.setattr(memory_module, '_process', lambda: (rank, processes))
+    monkeypatch.setattr(memory_module, 'get_dist_info', lambda: (rank, processes))
 
 
 @pytest.mark.parametrize(

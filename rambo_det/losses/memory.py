@@ -5,14 +5,8 @@ from collections import deque
 from typing import Any, Deque, Dict, List, Optional, Tuple
 
 import torch
-from torch import Tensor, distributed
-
-
-def _process() -> Tuple[int, int]:
-    """Return the rank of this process and how many there are."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
+from mmengine.dist import get_dist_info
+from torch import Tensor
 
 
 class ScoreMemory:
@@ -95,7 +89,7 @@ class ScoreMemory:
             scores=[scores for scores, _ in self._steps],
             labels=[labels for _, labels in self._steps],
         )
-        rank, processes = _process()
+        rank, processes = get_dist_info()
         if processes > 1 and not self._shared:  # each remembers its own images
             state.update(rank=rank, processes=processes)
         return state
@@ -111,7 +105,7 @@ class ScoreMemory:
         """
         steps = _steps_of(state)
         self._steps.clear()
-        rank, processes = _process()
+        rank, processes = get_dist_info()
         # Where it does not say, it is right for any process: one had all the images.
         self._shared = 'processes' not in state
         before = state.get('processes', processes)
