@@ -9,6 +9,7 @@
 # With warm-up and clipping: ranking gradients are largest at the start, where scores
 # are nearly tied and every small step reorders many of them.
 paper_loss = dict(
+    perturb='together',
     memory=7,
     margin=0.15,
     margin_noise=True,

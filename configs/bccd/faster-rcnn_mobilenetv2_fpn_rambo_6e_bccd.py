@@ -1,8 +1,11 @@
-_base_ = [
-    '../_base_/models/faster-rcnn_mobilenetv2_fpn_rambo.py',
-    '../_base_/datasets/bccd.py',
-    '../_base_/schedules/schedule_6e_cpu.py',
-    '../_base_/cpu_runtime.py',
-]
+_base_ = './faster-rcnn_mobilenetv2_fpn_ce_6e_bccd.py'
+custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
 
-model = dict(roi_head=dict(bbox_head=dict(num_classes=3)))
+model = dict(
+    roi_head=dict(
+        bbox_head=dict(
+            type='RaMBOShared2FCBBoxHead',
+            loss_cls=dict(_delete_=True, type='RaMBOLoss'),
+        )
+    )
+)

@@ -1,14 +1,11 @@
 _base_ = [
     'mmdet::cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py',
     '../_base_/datasets/voc0712-cocofmt.py',
-    '../_base_/losses/rambo.py',
 ]
-
-stage_loss = dict(_base_.rambo_loss)
-del stage_loss['_delete_']  # nothing is merged into a list
+custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
 default_hooks = dict(invalid_loss=dict(type='InvalidLossHook'))
 
-# Every stage has a loss, and so a memory, of its own.
+# Every stage has a loss of its own.
 model = dict(
     roi_head=dict(
         bbox_head=[
@@ -16,7 +13,7 @@ model = dict(
                 head,
                 type='RaMBOShared2FCBBoxHead',
                 num_classes=20,
-                loss_cls=stage_loss,
+                loss_cls=dict(type='RaMBOLoss'),
             )
             for head in _base_.model.roi_head.bbox_head
         ]
@@ -28,5 +25,3 @@ val_dataloader = _base_.voc_val_dataloader
 test_dataloader = val_dataloader
 val_evaluator = _base_.voc_evaluator
 test_evaluator = val_evaluator
-
-del stage_loss

@@ -8,7 +8,6 @@ model = dict(
         )
     )
 )
-custom_hooks = []
 train_dataloader = dict(batch_size=_base_.paper_batch_size)
 optim_wrapper = _base_.paper_optim_wrapper
 param_scheduler = [_base_.paper_warmup, *_base_.param_scheduler]

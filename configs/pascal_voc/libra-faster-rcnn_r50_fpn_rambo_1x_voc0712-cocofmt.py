@@ -1,9 +1,8 @@
 _base_ = [
     'mmdet::libra_rcnn/libra-faster-rcnn_r50_fpn_1x_coco.py',
     '../_base_/datasets/voc0712-cocofmt.py',
-    '../_base_/losses/rambo.py',
 ]
-
+custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
 default_hooks = dict(invalid_loss=dict(type='InvalidLossHook'))
 
 model = dict(
@@ -11,7 +10,7 @@ model = dict(
         bbox_head=dict(
             type='RaMBOShared2FCBBoxHead',
             num_classes=20,
-            loss_cls=_base_.rambo_loss,
+            loss_cls=dict(_delete_=True, type='RaMBOLoss'),
         )
     ),
     test_cfg=dict(rcnn=dict(score_thr=0.0001)),  # docs/detectors.md, Thresholds

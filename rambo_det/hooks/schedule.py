@@ -39,11 +39,12 @@ class RaMBOScheduleHook(Hook):
             the factor changes every iteration in all cases. Defaults to 'epoch'.
 
     Raises:
-        ValueError: If an argument is out of range, if the model has no ``RaMBOLoss``,
-            or if the training knows no epochs although ``begin`` or ``until`` does.
+        ValueError: If an argument is out of range, if the model has no ``RaMBOLoss``
+            or one whose ``lambd`` is infinite although it should change, or if the
+            training knows no epochs although ``begin`` or ``until`` does.
 
     Example:
-        λ falls from 100 to 1 where the loss has ``lambd=1.0``::
+        λ falls from 100 to 1 where the loss has ``lambd=1.0, perturb='together'``::
 
             custom_hooks = [
                 dict(type='RaMBOScheduleHook', param='lambd', start=100.0,
@@ -139,6 +140,13 @@ class RaMBOScheduleHook(Hook):
             raise ValueError(
                 f'{type(self).__name__}: the model has no RaMBOLoss whose {self.param} '
                 'could change; remove the hook from custom_hooks or use the loss'
+            )
+        if self.param == 'lambd' and any(
+            math.isinf(term.lambd) for loss in losses for term in loss.terms
+        ):
+            raise ValueError(
+                f'{type(self).__name__}: lambd is infinite, as by default, so that a '
+                'factor cannot change it; give the loss a finite lambd'
             )
         length = None
         if not isinstance(runner.train_loop, IterBasedTrainLoop):  # has no epochs

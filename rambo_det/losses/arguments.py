@@ -10,8 +10,8 @@ SPANS = {
     'pooled_ap': ('batch', 'image', 'row'),
 }
 DEFAULTS = {
-    'class_ap': dict(weight=2 / 3, span='memory'),
-    'pooled_ap': dict(weight=1 / 3, span='image'),
+    'class_ap': dict(weight=1.0, span='batch'),
+    'pooled_ap': dict(weight=1.0, span='batch'),
 }
 SCORES = ('logits', 'sigmoid', 'softmax', 'log_softmax')
 # Those that have a background column.
@@ -40,7 +40,10 @@ def number(name: str, value: Any, positive: bool = False, finite: bool = True) -
     low_enough = value < float('inf') if finite else True
     if not (low_enough and (value > 0 if positive else value >= 0)):
         kind = f'finite {low}' if finite else low
-        raise ValueError(f'RaMBOLoss: {name} must be a {kind} number, got {value!r}')
+        where = " with perturb='together'" if 'lambd' in name and finite else ''
+        raise ValueError(
+            f'RaMBOLoss: {name} must be a {kind} number{where}, got {value!r}'
+        )
     return float(value)
 
 

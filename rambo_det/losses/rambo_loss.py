@@ -67,30 +67,34 @@ class RaMBOLoss(nn.Module):
     tell; in a stock head 'image' means the batch. 'row' (pooled term only) ranks the
     classes of each row against each other.
 
+    The defaults are the recipe of ``docs/results.md``, not the settings of the paper;
+    those are in the ``*_rambo-paper_*`` configs.
+
     Args:
         lambd (float): λ of Algorithm 1 for terms without one of their own: how far
             scores are moved to look for the gradient. It does not scale the loss, but
-            with ``perturb='together'`` the larger it is the shorter the gradient.
-            With 'singly' it may be infinite. Defaults to 30.
+            with ``perturb='together'``, where it has to be finite, the larger it is
+            the shorter the gradient. Defaults to infinity.
         margin (float): α: positives are lowered and negatives raised by half of it
-            before ranking, in units of the scores. Defaults to 0.15.
+            before ranking, in units of the scores. Defaults to 1.
         margin_noise (bool): Whether each shift is multiplied by its own ``|N(0, 1)|``,
             drawn anew every step. Defaults to True.
         memory (int): τ, the number of past steps whose scores also count in spans
-            'memory', without gradient; 0 for none. Defaults to 7.
+            'memory', without gradient; 0 for none. Defaults to 7, but by default no
+            term has that span.
         scores (str): What is ranked: 'logits', 'sigmoid', 'softmax' or 'log_softmax'.
             With the last two the classifier has a background column, else one column
             per class; they order alike, and the logarithm keeps a gradient where a
             probability is nearly 0.
         class_ap (dict, optional): ``dict(weight, span, lambd)`` of the class-wise term,
             with span 'memory', 'batch' or 'image'. Missing keys take the default,
-            weight 2/3, span 'memory' and the loss' ``lambd``. ``None`` or weight 0
-            switch the term off.
+            weight 1, span 'batch' and the loss' ``lambd``. ``None`` or weight 0 switch
+            the term off.
         pooled_ap (dict, optional): The same for the pooled term, with span 'batch',
-            'image' or 'row'. Defaults to weight 1/3 and span 'image'.
+            'image' or 'row'. Defaults to weight 1 and span 'batch'.
         use_sigmoid (bool): Read by mmdet's heads: True means one column per class.
             False only, and always, with softmax and log_softmax. Defaults to True.
-        loss_weight (float): Factor on the ranking loss. Defaults to 30.
+        loss_weight (float): Factor on the ranking loss. Defaults to 0.25.
         auxiliary (dict, optional): Config of a classification loss that is computed
             from the same logits and added, such as ``dict(type='CrossEntropyLoss')``.
             It has its own ``loss_weight``, and ``use_sigmoid`` like this loss. Defaults
@@ -100,7 +104,7 @@ class RaMBOLoss(nn.Module):
         perturb (str): How Algorithm 1 moves the positives of a sequence: 'together',
             each by λ times its incoming gradient, as in the paper; or 'singly', each
             on its own by λ, with the loss that this gains as its gradient. See
-            :func:`~rambo_det.functional.ap_loss`. Defaults to 'together'.
+            :func:`~rambo_det.functional.ap_loss`. Defaults to 'singly'.
         gather (bool, optional): Whether in distributed training the sequences of spans
             'batch' and 'memory' hold the rows of all processes, and the means are taken
             over the sequences of all. Then every process has to call the loss in every
@@ -114,8 +118,7 @@ class RaMBOLoss(nn.Module):
     Example:
         >>> import torch
         >>> from mmdet.registry import MODELS
-        >>> loss_cls = MODELS.build(
-        ...     dict(type='RaMBOLoss', pooled_ap=dict(weight=0.5, span='batch')))
+        >>> loss_cls = MODELS.build(dict(type='RaMBOLoss'))
         >>> logits = torch.tensor([[9.0, -9.0], [-9.0, 9.0], [-9.0, -9.0]])
         >>> labels = torch.tensor([0, 1, 2])  # the last row is background
         >>> loss_cls(logits, labels)
@@ -127,18 +130,18 @@ class RaMBOLoss(nn.Module):
 
     def __init__(
         self,
-        lambd: float = 30.0,
-        margin: float = 0.15,
+        lambd: float = float('inf'),
+        margin: float = 1.0,
         margin_noise: bool = True,
         memory: int = 7,
         scores: str = 'logits',
         class_ap: Optional[Dict[str, Any]] = DEFAULTS['class_ap'],
         pooled_ap: Optional[Dict[str, Any]] = DEFAULTS['pooled_ap'],
         use_sigmoid: bool = True,
-        loss_weight: float = 30.0,
+        loss_weight: float = 0.25,
         auxiliary: Optional[Dict[str, Any]] = None,
         check_values: bool = True,
-        perturb: str = 'together',
+        perturb: str = 'singly',
         gather: Optional[bool] = None,
     ) -> None:
         super().__init__()

@@ -1,17 +1,9 @@
 # For choosing settings: the training split of the VOC subset, of which the last 400
-# images are for validation. Images of about 160 pixels.
-_base_ = './voc_subset.py'
+# images are for validation.
+_base_ = './voc_subset_160.py'
 
-train_pipeline = _base_.train_pipeline
-train_pipeline[2].scale = (160, 160)
-test_pipeline = _base_.test_pipeline
-test_pipeline[1].scale = (160, 160)
-train_dataloader = dict(dataset=dict(indices=1600, pipeline=train_pipeline))
+train_dataloader = dict(dataset=dict(indices=1600))
 val_dataloader = dict(
-    dataset=dict(
-        ann_file='VOC2007/ImageSets/Main/trainval.txt',
-        indices=-400,
-        pipeline=test_pipeline,
-    )
+    dataset=dict(ann_file='VOC2007/ImageSets/Main/trainval.txt', indices=-400)
 )
 test_dataloader = val_dataloader

@@ -1,5 +1,5 @@
-# The cheapest one, for trials: half the channels, three quarters of the RoIs, images of
-# about 160 pixels.
+# For trials: half the channels, three quarters of the RoIs, images of about 160
+# pixels.
 _base_ = './faster-rcnn_mobilenetv2_fpn-p3.py'
 
 model = dict(

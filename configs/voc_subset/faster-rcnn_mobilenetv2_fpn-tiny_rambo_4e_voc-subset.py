@@ -1,0 +1,13 @@
+_base_ = './faster-rcnn_mobilenetv2_fpn-tiny_ce_4e_voc-subset.py'
+custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
+
+model = dict(
+    roi_head=dict(
+        bbox_head=dict(
+            type='RaMBOShared2FCBBoxHead',
+            loss_cls=dict(_delete_=True, type='RaMBOLoss'),
+        )
+    ),
+    # All 150 proposals and the objects: a ranking needs no sample that is balanced.
+    train_cfg=dict(rcnn=dict(sampler=dict(num=160))),
+)
