@@ -69,7 +69,7 @@ def test_deferring_ends_also_after_an_error_and_nests():
 
 
 def test_a_joint_call_is_one_step_of_the_memory():
-    loss_cls = RaMBOLoss(memory=3)
+    loss_cls = RaMBOLoss(memory=3, class_ap=dict(span='memory'))
     for _ in range(2):
         with loss_cls.deferred() as calls:
             loss_cls(*rows(4))

@@ -110,7 +110,9 @@ def test_loss_scaling_recovers_from_an_overflow():
     model = nn.Linear(4, 5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler('cpu', init_scale=SCALE)
-    loss_cls = RaMBOLoss(lambd=0.05, loss_weight=100.0, pooled_ap=BATCH, memory=0)
+    loss_cls = RaMBOLoss(
+        perturb='together', lambd=0.05, margin=0.15, loss_weight=100.0, memory=0
+    )
     inputs, target = torch.randn(60, 4), torch.arange(60) % 6
     before = model.weight.detach().clone()
     scales = []
@@ -348,7 +350,7 @@ def _in_use():
 @pytest.mark.slow
 def test_ten_thousand_steps_of_random_shapes_need_no_more_memory():
     torch.set_num_threads(1)
-    loss_cls = RaMBOLoss(pooled_ap=dict(span='batch'))
+    loss_cls = RaMBOLoss(class_ap=dict(span='memory'))
     numbers = random.Random(0)
     used = []
     for step in range(10_000):

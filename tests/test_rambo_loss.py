@@ -37,7 +37,7 @@ class RoundingDecidesError(Exception):
 ORACLES = {'together': oracle.ap_loss, 'singly': oracle.ap_loss_singly}
 
 
-def reference(scores, labels, lambd, per_class, images=None, perturb='together'):
+def reference(scores, labels, lambd, per_class, images=None, perturb='singly'):
     """Mean oracle loss over the sequences with positives, and its gradient."""
     together = perturb == 'together'
     columns = range(scores.size(1))
@@ -390,10 +390,10 @@ def test_built_from_the_registry_and_printed():
 
 
 def test_missing_keys_of_a_term_take_the_default():
-    loss_cls = RaMBOLoss(lambd=2.0, class_ap=dict(span='batch'), pooled_ap={})
+    loss_cls = RaMBOLoss(lambd=2.0, class_ap=dict(span='image'), pooled_ap={})
     assert loss_cls.terms == (
-        ('class_ap', 2 / 3, 'batch', 2.0),
-        ('pooled_ap', 1 / 3, 'image', 2.0),
+        ('class_ap', 1.0, 'image', 2.0),
+        ('pooled_ap', 1.0, 'batch', 2.0),
     )
 
 
@@ -412,7 +412,7 @@ def test_channels_and_activation():
 
 
 def test_accuracy_is_the_exact_ap_of_the_preceding_call():
-    loss_cls = RaMBOLoss()
+    loss_cls = RaMBOLoss(pooled_ap=dict(span='image'))
     assert loss_cls.get_accuracy(None, None) == {}
     images = [0] * 5 + [1] * 7
     for seed in range(3):
@@ -464,9 +464,13 @@ def test_reductions_are_the_same(override):
 @pytest.mark.parametrize(
     'kwargs, error, match',
     [
-        (dict(lambd=0), ValueError, 'lambd must be a finite positive number, got 0'),
-        (dict(lambd=math.inf), ValueError, 'lambd must be a finite positive number'),
-        (dict(lambd=math.nan, perturb='singly'), ValueError, 'lambd must be a pos'),
+        (dict(lambd=0), ValueError, 'lambd must be a positive number, got 0'),
+        (dict(lambd=math.nan), ValueError, 'lambd must be a positive number, got nan'),
+        (
+            dict(perturb='together'),
+            ValueError,
+            "lambd must be a finite positive number with perturb='together', got inf",
+        ),
         (dict(perturb='alone'), ValueError, "perturb must be one of .* got 'alone'"),
         (dict(lambd='1'), TypeError, "lambd must be a positive number, got '1'"),
         (dict(margin=-1), ValueError, 'margin must be a finite non-negative'),

@@ -16,7 +16,8 @@ AUXILIARY = dict(type='CrossEntropyLoss', use_sigmoid=True)
 
 
 def rambo_loss(**settings):
-    base = dict(lambd=2.0, margin_noise=False, pooled_ap=None, loss_weight=1.0)
+    base = dict(lambd=2.0, margin=0.15, margin_noise=False)
+    base.update(pooled_ap=None, loss_weight=1.0)
     base['auxiliary'] = AUXILIARY
     base['class_ap'] = dict(span='batch', weight=1)
     return RaMBOLoss(**{**base, **settings})

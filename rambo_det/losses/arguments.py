@@ -71,10 +71,14 @@ def parse_term(
             f'{SPANS[name]}'
         )
     weight = number(f'{name}.weight', spec['weight'])
+    if not weight:
+        return None
     own = spec.get('lambd')
-    if own is not None:
+    if own is None:
+        lambd = number('lambd', lambd, positive=True, finite=finite)
+    else:
         lambd = number(f'{name}.lambd', own, positive=True, finite=finite)
-    return Term(name, weight, spec['span'], lambd) if weight else None
+    return Term(name, weight, spec['span'], lambd)
 
 
 def build_auxiliary(

@@ -168,7 +168,7 @@ class RaMBOLoss(nn.Module):
             )
         self.perturb = perturb
         self.gather = gather
-        self.lambd = number('lambd', lambd, positive=True, finite=together)
+        self.lambd = number('lambd', lambd, positive=True, finite=False)
         self.margin = number('margin', margin)
         self.margin_noise = bool(margin_noise)
         self.memory = memory
