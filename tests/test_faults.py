@@ -18,7 +18,7 @@ from torch import nn
 pytest.importorskip('mmdet', reason='trains with mmengine')
 import mmengine.optim.optimizer.amp_optimizer_wrapper as amp
 from checkpoints import load_checkpoint
-from test_rambo_loss import BATCH, CLASS, PLAIN, random_batch
+from test_rambo_loss import CLASS, PLAIN, random_batch
 from toy_training import examples, loader, rambo_loss, train
 
 import rambo_det.hooks.checkpoint as checkpoint_module
