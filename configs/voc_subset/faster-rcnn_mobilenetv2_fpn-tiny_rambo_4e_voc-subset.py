@@ -7,7 +7,5 @@ model = dict(
             type='RaMBOShared2FCBBoxHead',
             loss_cls=dict(_delete_=True, type='RaMBOLoss'),
         )
-    ),
-    # All 150 proposals and the objects: a ranking needs no sample that is balanced.
-    train_cfg=dict(rcnn=dict(sampler=dict(num=160))),
+    )
 )
