@@ -113,7 +113,9 @@ def test_an_image_without_proposals_costs_nothing():
 
 def tiny_faster_rcnn(head='RaMBOShared2FCBBoxHead', **loss_cls):
     """Build the VOC baseline with RaMBO, shrunken so that a step takes no time."""
-    cfg = Config.fromfile('configs/_base_/rambo.py').model
+    cfg = Config.fromfile(
+        'configs/pascal_voc/faster-rcnn_r50_fpn_rambo_1x_voc0712.py'
+    ).model
     cfg.backbone = dict(
         type='ResNet',
         depth=18,

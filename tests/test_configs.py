@@ -93,8 +93,7 @@ def parts(value, path=''):
 
 # What RaMBO and VOC's data may change of a config for COCO.
 CHANGED = re.compile(
-    r'(^custom_imports|^custom_hooks|^default_hooks\.invalid_loss|^rambo_loss'
-    r'|^voc_|_scope_$'
+    r'(^custom_imports|^custom_hooks|^default_hooks\.invalid_loss|^voc_|_scope_$'
     r'|\.loss_cls\.|\.num_classes$|\.score_thr$'
     r'|(bbox|rpn)_head(\.\d)?\.type$'
     r'|_dataloader\.dataset\.(data_root|ann_file|data_prefix\.img|metainfo\.)'
@@ -137,7 +136,6 @@ X101 = R101 | {
     'model.backbone.base_width',
 }
 VOC07 = {'train_dataloader.dataset'}
-RECIPE = {'custom_hooks', 'rambo_loss'}
 GUARD = {'default_hooks.invalid_loss'}
 THRESHOLD = 'model.test_cfg.rcnn.score_thr'
 RPN = {'model.rpn_head.type', 'model.rpn_head.loss_cls'}
@@ -161,7 +159,6 @@ PAPER = {
         ('faster-rcnn_x101-32x4d_fpn_rambo_1x_voc0712.py', X101),
         ('faster-rcnn_r50_fpn_rambo_1x_voc07.py', VOC07),
         ('faster-rcnn_r50_fpn_rambo-image_1x_voc07.py', VOC07),
-        ('faster-rcnn_r50_fpn_rambo-batch_1x_voc07.py', VOC07),
         ('faster-rcnn_r50_fpn_rambo-paper_1x_voc07.py', VOC07 | PAPER),
         ('faster-rcnn_r50_fpn_rambo-rpn_1x_voc0712.py', RPN),
         ('faster-rcnn_r50_fpn_4conv1fc-rambo_1x_voc0712.py', set()),
@@ -169,7 +166,7 @@ PAPER = {
 )
 def test_only_the_intended_keys_differ_from_the_baseline_of_mmdet(name, extra):
     found = differences(baseline(), load(f'pascal_voc/{name}'))
-    assert found == LOSS | RECIPE | GUARD | {THRESHOLD} | extra
+    assert found == LOSS | GUARD | {THRESHOLD} | extra
 
 
 def test_every_pascal_voc_config_is_compared_above():
@@ -185,7 +182,7 @@ def test_every_pascal_voc_config_is_compared_above():
 def test_coco_format_differs_from_that_of_mmdet_in_the_loss_alone():
     name = 'pascal_voc/faster-rcnn_r50_fpn_{}1x_voc0712-cocofmt.py'
     found = differences(baseline(name.format('')), load(name.format('rambo_')))
-    assert found == LOSS | RECIPE | GUARD | {THRESHOLD}
+    assert found == LOSS | GUARD | {THRESHOLD}
 
 
 def test_voc07_is_the_first_half_of_the_baseline():
@@ -204,31 +201,22 @@ def test_voc07_is_the_first_half_of_the_baseline():
 )
 def test_twins_differ_in_the_loss_alone(rambo):
     found = differences(load(rambo.replace('_rambo_', '_ce_')), load(rambo))
-    if rambo.startswith('demo'):
-        expected = {'custom_hooks'}
-    else:
-        by_recipe = rambo.startswith('voc_subset') or '-p3_' in rambo
-        expected = RECIPE if by_recipe else set()
-    assert found - LOSS == expected
+    assert found <= LOSS
 
 
-@pytest.mark.parametrize(
-    'name', [n for n in CONFIGS if 'rambo-image' in n or 'rambo-batch' in n]
-)
-def test_variants_change_the_spans_alone(name):
-    span = name.split('rambo-')[1].split('_')[0]
+@pytest.mark.parametrize('name', [n for n in CONFIGS if 'rambo-image' in n])
+def test_the_image_variant_changes_the_spans_alone(name):
     changed = load(name).model.roi_head.bbox_head.loss_cls
-    assert changed.memory == 0
-    assert changed.class_ap.span == changed.pooled_ap.span == span
-    default = load(name.replace(f'rambo-{span}', 'rambo'))
+    default = load(name.replace('rambo-image', 'rambo'))
     assert differences(default, load(name)) == {f'{HEAD}.loss_cls'}
-    loss = default.model.roi_head.bbox_head.loss_cls.to_dict()
-    found = differences(dict(loss=loss), dict(loss=changed.to_dict()))
-    assert found - {'loss.memory'} <= {
-        f'loss.{term}{key}'
-        for term in ('class_ap', 'pooled_ap')
-        for key in ('', '.span')
-    }
+    spans = dict(class_ap=dict(span='image'), pooled_ap=dict(span='image'))
+    assert changed == dict(default.model.roi_head.bbox_head.loss_cls, **spans)
+
+
+@pytest.mark.parametrize('name', [n for n in FASTER if '_rambo_' in n])
+def test_the_recipe_is_what_the_loss_does_by_default(name):
+    loss_cls = load(name).model.roi_head.bbox_head.loss_cls
+    assert loss_cls == dict(type='RaMBOLoss')
 
 
 @pytest.mark.parametrize(

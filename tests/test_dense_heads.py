@@ -14,6 +14,7 @@ from rambo_det.functional import Ranking, detection_ap_loss
 FASTER = 'faster-rcnn_r50_fpn_rambo-rpn_1x_voc0712'
 # No noise, so that two calculations see the same scores.
 EXACT = dict(
+    perturb='together',
     margin_noise=False,
     margin=0.2,
     lambd=3.0,

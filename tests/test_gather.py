@@ -310,7 +310,10 @@ def calls_of_the_first_alone(rank):
     features, labels, _, images = batch(1, rank)
     if rank == 1:
         return None
-    stock, off, evaluated = RaMBOLoss(), RaMBOLoss(gather=False), RaMBOLoss(gather=True)
+    stock, off, evaluated = (
+        RaMBOLoss(pooled_ap=dict(span='image'), gather=gather)
+        for gather in (None, False, True)
+    )
     evaluated.eval()
     scores = features[:, :CLASSES]
     with pytest.warns(UserWarning, match="span 'image', but the head does not say"):

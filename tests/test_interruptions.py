@@ -33,7 +33,7 @@ def config(tmp_path_factory):
         textwrap.dedent(f"""
         _base_ = {str(RAMBO)!r}
         model = dict(roi_head=dict(bbox_head=dict(loss_cls=dict(
-            class_ap=dict(span='memory'), margin=0.5))))
+            class_ap=dict(span='memory'), margin=0.5, lambd=0.3))))
         train_cfg = dict(max_epochs={EPOCHS}, val_interval=1)
         default_hooks = dict(
             logger=dict(interval=1),

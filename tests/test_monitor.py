@@ -79,6 +79,7 @@ def test_share_of_positives_without_gradient(memory, lambd, share):
     """The auxiliary loss gives every logit a gradient; only the ranking's counts."""
     span = 'memory' if memory else 'batch'
     loss = rambo_loss(
+        perturb='together',
         lambd=lambd,
         margin=0.0,
         memory=memory,

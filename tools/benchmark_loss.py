@@ -178,6 +178,9 @@ class Rival:
 def ours(memory: int = 0, margin_noise: bool = False) -> RaMBOLoss:
     """The loss as users call it, both terms, span 'batch', checks of values on."""
     return RaMBOLoss(
+        perturb='together',
+        lambd=30.0,
+        margin=0.15,
         margin_noise=margin_noise,
         memory=memory,
         class_ap=dict(weight=2 / 3, span='memory' if memory else 'batch'),

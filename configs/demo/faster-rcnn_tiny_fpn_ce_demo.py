@@ -14,4 +14,3 @@ model = dict(
         )
     )
 )
-custom_hooks = []

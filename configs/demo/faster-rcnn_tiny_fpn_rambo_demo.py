@@ -41,15 +41,7 @@ model = dict(
             in_channels=48,
             fc_out_channels=256,
             num_classes=len(classes),
-            # In a training this short, scores change too fast for a memory.
-            loss_cls=dict(
-                _delete_=True,
-                type='RaMBOLoss',
-                lambd=0.3,
-                loss_weight=10.0,
-                class_ap=dict(span='batch'),
-                pooled_ap=dict(span='batch'),
-            ),
+            loss_cls=dict(_delete_=True, type='RaMBOLoss'),
         ),
     ),
     train_cfg=dict(
@@ -135,9 +127,4 @@ default_hooks = dict(
     logger=dict(interval=20),
     checkpoint=dict(interval=max_epochs),
 )
-# From random weights every positive has to teach features, which takes a large
-# lambda; the top of the list, where AP is decided, takes a small one.
-custom_hooks = [
-    dict(type='RaMBOScheduleHook', param='lambd', start=333.0, curve='exponential')
-]
 randomness = dict(seed=0)

@@ -1,0 +1,15 @@
+_base_ = [
+    './faster-rcnn_mobilenetv2_fpn_ce_5e_voc-subset.py',
+    '../_base_/rambo_takeover.py',
+]
+custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
+
+model = dict(
+    roi_head=dict(
+        bbox_head=dict(
+            type='RaMBOShared2FCBBoxHead',
+            loss_cls=dict(_delete_=True, type='RaMBOLoss', **_base_.takeover_loss),
+        )
+    )
+)
+custom_hooks = _base_.takeover_hooks
