@@ -109,11 +109,23 @@ def _shrink_pyramid(model: ConfigDict, levels: int = 3) -> None:
     neck.num_outs = levels
 
 
-def _strengthen_loss(part: dict) -> None:
-    """Give RaMBO, and it alone, what learning features from random weights needs."""
-    if part.get('type') == 'RaMBOLoss':
-        part.update(lambd=0.3, loss_weight=10.0)
-        part.pop('auxiliary', None)
+def _strengthen_losses(model: ConfigDict) -> list[dict]:
+    """Let RaMBO, and it alone, learn features from random weights.
+
+    Returns:
+        The hooks that this takes: λ falls where positives are moved together.
+    """
+    losses: list[dict] = []
+    _walk(model, losses.append)
+    losses = [part for part in losses if part.get('type') == 'RaMBOLoss']
+    for loss in losses:
+        loss.pop('auxiliary', None)
+        if loss.get('perturb') == 'together':
+            loss.update(lambd=0.3, loss_weight=10.0)
+    if not any(loss.get('perturb') == 'together' for loss in losses):
+        return []
+    schedule = dict(param='lambd', start=333.0, curve='exponential')
+    return [dict(type='RaMBOScheduleHook', **schedule)]
 
 
 def _datasets(cfg: Config, data: Path) -> None:
@@ -177,9 +189,9 @@ def _datasets(cfg: Config, data: Path) -> None:
 def shrink(cfg: Config, data: Path, steps: int, lr: float) -> Config:
     """Return a copy of a config that trains a small model on the demo data.
 
-    Heads, assigners, samplers and the keys of the loss stay as they are, but for the
-    loss' λ and weight, which random weights need larger, and its auxiliary loss, which
-    would learn in its stead. Widths, depths and numbers
+    Heads, assigners, samplers and the keys of the loss stay as they are, but for its
+    auxiliary loss, which would learn in its stead, and, where positives are moved
+    together, λ and weight, which random weights need larger. Widths, depths and numbers
     of proposals shrink; backbone, pipelines, optimiser and schedule are replaced.
 
     Args:
@@ -200,7 +212,7 @@ def shrink(cfg: Config, data: Path, steps: int, lr: float) -> Config:
     _shrink_pyramid(model)
     if model.type == 'RTMDet':
         model.use_syncbn = False  # which needs a GPU
-    _walk(model, _strengthen_loss)
+    schedules = _strengthen_losses(model)
     model.data_preprocessor.update(
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],
@@ -224,8 +236,7 @@ def shrink(cfg: Config, data: Path, steps: int, lr: float) -> Config:
         for hook in cfg.get('custom_hooks') or []
         if hook['type'] not in ('PipelineSwitchHook', 'RaMBOScheduleHook')
     ]
-    schedule = dict(param='lambd', start=333.0, curve='exponential')
-    cfg.custom_hooks = [*hooks, dict(type='RaMBOScheduleHook', **schedule)]
+    cfg.custom_hooks = [*hooks, *schedules]
     cfg.default_hooks = dict(
         timer=dict(type='IterTimerHook'),
         logger=dict(type='LoggerHook', interval=steps),
