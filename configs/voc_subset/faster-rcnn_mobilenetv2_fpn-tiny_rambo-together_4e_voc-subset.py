@@ -1,0 +1,15 @@
+# The hyper-parameters of the paper in the budget of the others.
+_base_ = [
+    './faster-rcnn_mobilenetv2_fpn-tiny_ce_4e_voc-subset.py',
+    '../_base_/rambo_paper.py',
+]
+custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
+
+model = dict(
+    roi_head=dict(
+        bbox_head=dict(
+            type='RaMBOShared2FCBBoxHead',
+            loss_cls=dict(_delete_=True, type='RaMBOLoss', **_base_.paper_loss),
+        )
+    )
+)
