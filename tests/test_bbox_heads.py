@@ -73,7 +73,7 @@ def test_head_ranks_each_image(name):
 
 @pytest.mark.parametrize('name', HEADS)
 def test_plain_swap_in_a_stock_head(name):
-    head = build_head(name, dict(type='RaMBOLoss', margin=0.0, memory=0))
+    head = build_head(name, dict(type='RaMBOLoss', pooled_ap=IMAGES, memory=0))
     assert head.fc_cls.out_features == 3
     with pytest.warns(UserWarning, match='RaMBOShared2FCBBoxHead'):
         losses = head.loss(*roi_batch())
@@ -140,10 +140,9 @@ def tiny_faster_rcnn(head='RaMBOShared2FCBBoxHead', **loss_cls):
         ('Shared2FCBBoxHead', dict(scores='softmax', use_sigmoid=False)),
     ],
 )
-@pytest.mark.filterwarnings("ignore:RaMBOLoss. pooled_ap has span 'image'")
 def test_detector_trains_and_predicts(head, loss_cls):
     torch.manual_seed(0)
-    model = tiny_faster_rcnn(head, **loss_cls)
+    model = tiny_faster_rcnn(head, class_ap=dict(span='memory'), **loss_cls)
     data = demo_mm_inputs(2, [[3, 64, 96], [3, 80, 64]], num_classes=20)
     batch = model.data_preprocessor(data, True)
     for _ in range(2):  # the second step reads the memory

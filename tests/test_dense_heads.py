@@ -285,7 +285,7 @@ def test_auxiliary_loss_is_refused_where_the_head_divides_later():
 
 
 def test_a_memory_can_be_asked_for():
-    model = build(DENSE['RetinaHead'], set_loss(memory=2))
+    model = build(DENSE['RetinaHead'], set_loss(memory=2, class_ap=dict(span='memory')))
     data = batch(model)
     for _ in range(3):
         model.loss(data['inputs'], data['data_samples'])
