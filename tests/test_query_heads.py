@@ -104,6 +104,7 @@ def test_deformable_detr_is_one_direct_call_per_layer():
                 Ranking(5.0, False, torch.tensor([0] * 12 + [1] * 12), 2),
             ],
             margin=0.2,
+            perturb='singly',
         )
         expected = sum(
             weight * values[present].mean()
