@@ -368,8 +368,10 @@ def test_a_setting_changes_what_it_names_alone(cfg):
 
 def test_schedules_come_with_the_configs_loss_alone():
     rambo = Config.fromfile(RAMBO)
-    schedule = ablate_head.resolve(rambo, 'own', {})['schedules']
-    assert schedule == [dict(param='lambd', start=333.0, curve='exponential')]
+    assert ablate_head.resolve(rambo, 'own', {})['schedules'] == []
+    schedule = dict(param='margin', start=3.0, curve='exponential')
+    rambo.custom_hooks = [dict(type='RaMBOScheduleHook', **schedule)]
+    assert ablate_head.resolve(rambo, 'own', {})['schedules'] == [schedule]
     other = ablate_head.resolve(rambo, 'other', dict(loss_cls=LOSS))
     assert other['schedules'] == []
 
@@ -494,7 +496,8 @@ def test_diagnosis_changes_nothing_and_finds_both_gradients(cfg, cache):
 
 
 def test_logit_gradients_of_the_terms_add_up(cfg, cache):
-    definition = small(cfg, dict(type='RaMBOLoss', lambd=5.0))
+    term = dict(span='memory')
+    definition = small(cfg, dict(type='RaMBOLoss', lambd=5.0, class_ap=term))
     torch.manual_seed(0)
     head = head_training.build_head(definition['bbox_head'])
     images = [cache.train[0][index] for index in range(2)]

@@ -131,9 +131,17 @@ assert 'rambo_det' not in sys.modules
 """
 
 
+def rank_softmax_in_roi_heads(model):
+    """Stock RoI heads have a column for the background, whatever their loss."""
+    if 'roi_head' in model:
+        loss_cls = model.roi_head.bbox_head.loss_cls
+        loss_cls.update(scores='log_softmax', use_sigmoid=False)
+
+
 def plain(name, head):
     """The config with mmdet's own head and loss, for inference."""
     model = detectors.model_config(name)
+    rank_softmax_in_roi_heads(model)
     bbox_head = model.bbox_head if 'bbox_head' in model else model.roi_head.bbox_head
     scores = bbox_head.loss_cls.get('scores', 'logits')
     bbox_head.type = head
@@ -176,7 +184,7 @@ def test_inference_without_rambo_det(name, head, published, tmp_path):
     from mmengine.optim import OptimWrapper
     from mmengine.registry import init_default_scope
 
-    model = detectors.build(name)
+    model = detectors.build(name, rank_softmax_in_roi_heads)
     data = detectors.batch(model)
     optimizer = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1e-3))
     loss, _ = model.parse_losses(model.loss(data['inputs'], data['data_samples']))
