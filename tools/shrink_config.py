@@ -120,9 +120,10 @@ def _strengthen_losses(model: ConfigDict) -> list[dict]:
     losses = [part for part in losses if part.get('type') == 'RaMBOLoss']
     for loss in losses:
         loss.pop('auxiliary', None)
-        if loss.get('perturb') == 'together':
-            loss.update(lambd=0.3, loss_weight=10.0)
-    if not any(loss.get('perturb') == 'together' for loss in losses):
+    together = [loss for loss in losses if loss.get('perturb') == 'together']
+    for loss in together:
+        loss.update(lambd=0.3, loss_weight=10.0)
+    if not together:
         return []
     schedule = dict(param='lambd', start=333.0, curve='exponential')
     return [dict(type='RaMBOScheduleHook', **schedule)]

@@ -32,7 +32,13 @@ class Term(NamedTuple):
         return self.name == 'class_ap'
 
 
-def number(name: str, value: Any, positive: bool = False, finite: bool = True) -> float:
+def number(
+    name: str,
+    value: Any,
+    positive: bool = False,
+    finite: bool = True,
+    where: str = '',
+) -> float:
     """Return a number >= 0 (or > 0) or raise an error that names it."""
     low = 'positive' if positive else 'non-negative'
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -40,7 +46,6 @@ def number(name: str, value: Any, positive: bool = False, finite: bool = True) -
     low_enough = value < float('inf') if finite else True
     if not (low_enough and (value > 0 if positive else value >= 0)):
         kind = f'finite {low}' if finite else low
-        where = " with perturb='together'" if 'lambd' in name and finite else ''
         raise ValueError(
             f'RaMBOLoss: {name} must be a {kind} number{where}, got {value!r}'
         )
@@ -73,11 +78,11 @@ def parse_term(
     weight = number(f'{name}.weight', spec['weight'])
     if not weight:
         return None
-    own = spec.get('lambd')
+    label, own = f'{name}.lambd', spec.get('lambd')
     if own is None:
-        lambd = number('lambd', lambd, positive=True, finite=finite)
-    else:
-        lambd = number(f'{name}.lambd', own, positive=True, finite=finite)
+        label, own = 'lambd', lambd
+    where = " with perturb='together'" if finite else ''
+    lambd = number(label, own, positive=True, finite=finite, where=where)
     return Term(name, weight, spec['span'], lambd)
 
 
