@@ -215,7 +215,7 @@ def test_benchmark_measures_everything(run):
     report, _ = run
     assert list(report['cases']) == list(benchmark_loss.CASES)
     for case in report['cases'].values():
-        assert len(case['rivals']) == 9
+        assert len(case['rivals']) == 10
         for name, result in case['rivals'].items():
             assert 'note' not in result, (name, result)
             assert 0 < result['q1'] <= result['median'] <= result['q3']
@@ -289,4 +289,4 @@ def test_benchmark_without_mmdet():
         [sys.executable, '-c', code], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == '8 False'
+    assert done.stdout.splitlines()[-1] == '9 False'

@@ -105,3 +105,7 @@ def test_files_come_in_pairs(capsys):
     with pytest.raises(SystemExit):
         error_kinds.main(['config.py'])
     assert 'expected pairs CONFIG PREDICTIONS' in capsys.readouterr().err
+    # A pair after a --name belongs to the pairs too, and here lacks its name.
+    with pytest.raises(SystemExit):
+        error_kinds.main(['a.py', 'a.npz', '--name', 'a', 'b.py', 'b.npz'])
+    assert "got 4 files and the names ['a']" in capsys.readouterr().err

@@ -94,8 +94,9 @@ def test_voc_subset_shows_what_the_files_hold():
     path = RESULTS / 'voc-subset-gradients.json'
     gradients = json.loads(path.read_text(encoding='utf-8'))
     assert measure_gradients.table(gradients['result']) in page
-    path = RESULTS / 'voc-subset-errors.json'
-    assert error_kinds.table(json.loads(path.read_text(encoding='utf-8'))) in page
+    for name in ('voc-tiny-errors', 'voc-subset-errors'):
+        path = RESULTS / f'{name}.json'
+        assert error_kinds.table(json.loads(path.read_text(encoding='utf-8'))) in page
 
 
 def test_detectors_page_shows_the_measured_thresholds():

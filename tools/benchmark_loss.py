@@ -175,21 +175,18 @@ class Rival:
         return time.perf_counter() - start
 
 
-def ours(memory: int = 0, margin_noise: bool = False) -> RaMBOLoss:
-    """The loss as users call it, both terms, span 'batch', checks of values on."""
-    return RaMBOLoss(
-        perturb='together',
-        lambd=30.0,
-        margin=0.15,
-        margin_noise=margin_noise,
-        memory=memory,
-        class_ap=dict(weight=2 / 3, span='memory' if memory else 'batch'),
-        pooled_ap=dict(weight=1 / 3, span='batch'),
-    )
+def variants_of_ours() -> dict[str, RaMBOLoss]:
+    """Other settings of our loss, each next to the defaults."""
+    together = dict(perturb='together', lambd=30.0, margin_noise=False)
+    return {
+        'fixed margin': RaMBOLoss(margin_noise=False),
+        'moved together, fixed margin': RaMBOLoss(**together),
+        'memory 7': RaMBOLoss(memory=7, class_ap=dict(span='memory')),  # the last one
+    }
 
 
 def make_rivals(problem: Problem, variants: bool) -> list[Rival]:
-    """All rivals on one problem; ``variants`` adds two settings of our loss."""
+    """All rivals on one problem; ``variants`` adds other settings of our loss."""
     logits, labels, n = problem.logits, problem.labels, float(problem.logits.numel())
 
     def sort() -> None:
@@ -198,16 +195,16 @@ def make_rivals(problem: Problem, variants: bool) -> list[Rival]:
     def rival(name: str, loss: Callable[..., Tensor], *args: Tensor, work=n) -> Rival:
         return Rival(name, logits, lambda: loss(logits, labels, *args), work)
 
-    rivals = [Rival(SORT, logits, sort, n), rival(OURS, ours())]
+    rivals = [Rival(SORT, logits, sort, n), rival(OURS, RaMBOLoss())]
     if variants:
-        full, state = ours(memory=7), dict(scores=[], labels=[])
+        state: dict[str, list[Tensor]] = dict(scores=[], labels=[])
         for shift in range(1, 8):  # seven other steps, of the same distribution
             state['scores'].append(logits.detach().roll(shift, 0))
             state['labels'].append(labels.roll(shift))
-        rivals += [rival(f'{OURS}, random margins', ours(margin_noise=True))]
-        rivals += [rival(f'{OURS}, memory 7', full)]
+        for setting, loss in variants_of_ours().items():
+            rivals.append(rival(f'{OURS}, {setting}', loss))
         # Each call meets the same seven, not what the call before has left.
-        rivals[-1].prepare = partial(full.set_extra_state, state)
+        rivals[-1].prepare = partial(loss.set_extra_state, state)
     padded = problem.padded
     rivals.append(
         Rival('cross-entropy', padded, lambda: cross_entropy(padded, labels), n)

@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument('--name', action='append', default=[], help='one for each pair')
     parser.add_argument('--out', type=Path, help='JSON of the results')
     parser.add_argument('--table', type=Path, help='print the table of such a file')
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if args.table:
         results = json.loads(args.table.read_text(encoding='utf-8'))
         print(table(results))
