@@ -211,6 +211,24 @@ def test_roi_is_measured_with_one_thread_too():
     assert torch.get_num_threads() == 2
 
 
+def test_the_papers_settings_can_be_timed():
+    arguments = [
+        '--quick',
+        '--paper',
+        '--cases',
+        'roi',
+        '--no-sweeps',
+        '--threads',
+        '1',
+    ]
+    report = benchmark_loss.main([*arguments, '--repeats', '1'])
+    names = [name for name in report['cases']['roi']['rivals'] if 'RaMBO' in name]
+    assert names == ['RaMBOLoss', 'RaMBOLoss, random margins', 'RaMBOLoss, memory 7']
+    ours = benchmark_loss.ours(paper=True)
+    assert {loss.perturb for loss in ours.values()} == {'together'}
+    assert [loss.margin_noise for loss in ours.values()] == [False, True, False]
+
+
 def test_benchmark_measures_everything(run):
     report, _ = run
     assert list(report['cases']) == list(benchmark_loss.CASES)

@@ -1,7 +1,7 @@
 """Time RaMBOLoss and its rivals: forward + backward on the same logits.
 
     python tools/benchmark_loss.py --out docs/results/benchmark
-    python tools/benchmark_loss.py --cases roi --threads 1 --no-sweeps
+    python tools/benchmark_loss.py --cases roi --threads 1 --no-sweeps --paper
     python tools/benchmark_loss.py --device cuda
 
 Prints Markdown tables, writes ``OUT.json`` and, with the sweeps, ``OUT.png``;
@@ -175,17 +175,34 @@ class Rival:
         return time.perf_counter() - start
 
 
-def variants_of_ours() -> dict[str, RaMBOLoss]:
-    """Other settings of our loss, each next to the defaults."""
-    together = dict(perturb='together', lambd=30.0, margin_noise=False)
+def ours(paper: bool) -> dict[str, RaMBOLoss]:
+    """Our loss as users call it, and then other settings of it, by name.
+
+    Checks of values are on. ``paper``: positives moved together and the paper's margin,
+    over the batch, instead of the defaults.
+    """
+    span = 'memory'
+    if paper:
+        settings = dict(perturb='together', lambd=30.0, margin=0.15)
+        weights = dict(class_ap=dict(weight=2 / 3), pooled_ap=dict(weight=1 / 3))
+        past = dict(weights, class_ap=dict(weight=2 / 3, span=span))
+        return {
+            OURS: RaMBOLoss(**settings, **weights, margin_noise=False),
+            f'{OURS}, random margins': RaMBOLoss(**settings, **weights),
+            f'{OURS}, memory 7': RaMBOLoss(**settings, **past, margin_noise=False),
+        }
+    together = dict(perturb='together', lambd=30.0)
     return {
-        'fixed margin': RaMBOLoss(margin_noise=False),
-        'moved together, fixed margin': RaMBOLoss(**together),
-        'memory 7': RaMBOLoss(memory=7, class_ap=dict(span='memory')),  # the last one
+        OURS: RaMBOLoss(),
+        f'{OURS}, fixed margin': RaMBOLoss(margin_noise=False),
+        f'{OURS}, moved together, fixed margin': RaMBOLoss(
+            margin_noise=False, **together
+        ),
+        f'{OURS}, memory 7': RaMBOLoss(class_ap=dict(span=span)),
     }
 
 
-def make_rivals(problem: Problem, variants: bool) -> list[Rival]:
+def make_rivals(problem: Problem, variants: bool, paper: bool) -> list[Rival]:
     """All rivals on one problem; ``variants`` adds other settings of our loss."""
     logits, labels, n = problem.logits, problem.labels, float(problem.logits.numel())
 
@@ -195,16 +212,17 @@ def make_rivals(problem: Problem, variants: bool) -> list[Rival]:
     def rival(name: str, loss: Callable[..., Tensor], *args: Tensor, work=n) -> Rival:
         return Rival(name, logits, lambda: loss(logits, labels, *args), work)
 
-    rivals = [Rival(SORT, logits, sort, n), rival(OURS, RaMBOLoss())]
-    if variants:
-        state: dict[str, list[Tensor]] = dict(scores=[], labels=[])
-        for shift in range(1, 8):  # seven other steps, of the same distribution
-            state['scores'].append(logits.detach().roll(shift, 0))
-            state['labels'].append(labels.roll(shift))
-        for setting, loss in variants_of_ours().items():
-            rivals.append(rival(f'{OURS}, {setting}', loss))
-        # Each call meets the same seven, not what the call before has left.
-        rivals[-1].prepare = partial(loss.set_extra_state, state)
+    rivals = [Rival(SORT, logits, sort, n)]
+    for name, loss in ours(paper).items():
+        if name == OURS or variants:
+            rivals.append(rival(name, loss))
+        if name.endswith('memory 7') and variants:
+            state: dict[str, list[Tensor]] = dict(scores=[], labels=[])
+            for shift in range(1, 8):  # seven other steps, of the same distribution
+                state['scores'].append(logits.detach().roll(shift, 0))
+                state['labels'].append(labels.roll(shift))
+            # Each call meets the same seven, not what the call before has left.
+            rivals[-1].prepare = partial(loss.set_extra_state, state)
     padded = problem.padded
     rivals.append(
         Rival('cross-entropy', padded, lambda: cross_entropy(padded, labels), n)
@@ -275,8 +293,11 @@ def operators(rival: Rival, calls: int = 20) -> list[tuple[str, float, float]]:
 class Benchmark:
     """Measures problems one after the other and remembers how fast the rivals are."""
 
-    def __init__(self, repeats: int, limit: float, device: str) -> None:
+    def __init__(
+        self, repeats: int, limit: float, device: str, paper: bool = False
+    ) -> None:
         self.repeats, self.limit, self.device = repeats, limit, device
+        self.paper = paper
         self.rates: dict[str, float] = {}
         self.measure((2_000, 20, 50))  # what a rival needs per work, and a warm-up
 
@@ -289,7 +310,7 @@ class Benchmark:
         include the variants of our loss.
         """
         problem = Problem.draw(*size, share=share, device=self.device)
-        rivals = make_rivals(problem, variants=memory)
+        rivals = make_rivals(problem, memory, self.paper)
         found: dict[str, dict[str, Any]] = {rival.name: {} for rival in rivals}
         runs: dict[str, int] = {}
         for rival in rivals:
@@ -368,6 +389,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument('--device', default='cpu', help='cpu or cuda')
     parser.add_argument('--sweeps', action='store_true', default=True)
     parser.add_argument('--no-sweeps', dest='sweeps', action='store_false')
+    parser.add_argument(
+        '--paper', action='store_true', help="the paper's margin, moved together"
+    )
     parser.add_argument('--quick', action='store_true', help='small sizes, no meaning')
     parser.add_argument('--limit', type=float, default=60.0, metavar='SECONDS')
     parser.add_argument('--profile', action='store_true', help="our loss' operators")
@@ -379,7 +403,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     report: dict[str, Any] = dict(environment=env, limit=args.limit, quick=args.quick)
     report.update(share=SHARE, cases={}, sweeps={})
     print(benchmark_report.environment_section(env))
-    benchmark = Benchmark(args.repeats, args.limit, args.device)
+    benchmark = Benchmark(args.repeats, args.limit, args.device, args.paper)
     for name in args.cases:
         rows, classes, positives = CASES[name]
         if args.quick:
@@ -395,7 +419,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             print(text, flush=True)
         if args.profile:
             problem = Problem.draw(*size, device=args.device)
-            rows = operators(make_rivals(problem, variants=False)[1])
+            rows = operators(make_rivals(problem, False, args.paper)[1])
             report['cases'][name]['operators'] = rows
             print(benchmark_report.operators_section(name, rows))
     if args.sweeps:
