@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs' / 'pascal_voc' / 'retinanet_r50_fpn_rambo_1x_voc0712.py'
 PRIORS = (0.01, 0.5)
 THRESHOLDS = (0.0, 0.0001, 0.001, 0.01, 0.05, 0.1, 0.3, 0.5)
+HIGH = (0.7, 0.9, 0.97)  # where sigmoids that started at 0.5 may end
 QUANTILES = (0.01, 0.5, 0.99)
 
 
@@ -135,7 +136,7 @@ def measure(steps: int, images: int, work_dir: Path) -> dict[str, Any]:
 def of_run(run: Run) -> dict[str, dict[str, float]]:
     """Return AP50 and detections per image of a run, for each threshold."""
     found = {}
-    for threshold in THRESHOLDS[1:]:  # the run has had one
+    for threshold in (*THRESHOLDS[1:], *HIGH):  # the run has had the lowest
         detections = [
             [rows[rows[:, 4] >= threshold] for rows in image]
             for image in run.detections
