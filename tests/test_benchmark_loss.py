@@ -212,16 +212,8 @@ def test_roi_is_measured_with_one_thread_too():
 
 
 def test_the_papers_settings_can_be_timed():
-    arguments = [
-        '--quick',
-        '--paper',
-        '--cases',
-        'roi',
-        '--no-sweeps',
-        '--threads',
-        '1',
-    ]
-    report = benchmark_loss.main([*arguments, '--repeats', '1'])
+    arguments = '--quick --paper --cases roi --no-sweeps --threads 1 --repeats 1'
+    report = benchmark_loss.main(arguments.split())
     names = [name for name in report['cases']['roi']['rivals'] if 'RaMBO' in name]
     assert names == ['RaMBOLoss', 'RaMBOLoss, random margins', 'RaMBOLoss, memory 7']
     ours = benchmark_loss.ours(paper=True)

@@ -181,24 +181,21 @@ def ours(paper: bool) -> dict[str, RaMBOLoss]:
     Checks of values are on. ``paper``: positives moved together and the paper's margin,
     over the batch, instead of the defaults.
     """
-    span = 'memory'
     if paper:
         settings = dict(perturb='together', lambd=30.0, margin=0.15)
-        weights = dict(class_ap=dict(weight=2 / 3), pooled_ap=dict(weight=1 / 3))
-        past = dict(weights, class_ap=dict(weight=2 / 3, span=span))
+        settings.update(class_ap=dict(weight=2 / 3), pooled_ap=dict(weight=1 / 3))
+        past = dict(settings, class_ap=dict(weight=2 / 3, span='memory'))
         return {
-            OURS: RaMBOLoss(**settings, **weights, margin_noise=False),
-            f'{OURS}, random margins': RaMBOLoss(**settings, **weights),
-            f'{OURS}, memory 7': RaMBOLoss(**settings, **past, margin_noise=False),
+            OURS: RaMBOLoss(**settings, margin_noise=False),
+            f'{OURS}, random margins': RaMBOLoss(**settings),
+            f'{OURS}, memory 7': RaMBOLoss(**past, margin_noise=False),
         }
-    together = dict(perturb='together', lambd=30.0)
+    together = dict(perturb='together', lambd=30.0, margin_noise=False)
     return {
         OURS: RaMBOLoss(),
         f'{OURS}, fixed margin': RaMBOLoss(margin_noise=False),
-        f'{OURS}, moved together, fixed margin': RaMBOLoss(
-            margin_noise=False, **together
-        ),
-        f'{OURS}, memory 7': RaMBOLoss(class_ap=dict(span=span)),
+        f'{OURS}, moved together, fixed margin': RaMBOLoss(**together),
+        f'{OURS}, memory 7': RaMBOLoss(class_ap=dict(span='memory')),
     }
 
 
