@@ -45,5 +45,6 @@ def test_table_has_a_column_for_each_run():
     runs = dict(a=tool.of_run(run_with([0.4])), b=tool.of_run(run_with([0.4, 0.2])))
     lines = tool.table(dict(runs=runs)).splitlines()
     assert lines[0].split(' | ')[1:3] == ['a: AP50', 'b: AP50']
-    assert '| 0.3 | 100.0 | 50.0 | 1 | 1 |' in lines
+    assert lines[-5] == '| 0.3 | 100.0 | 50.0 | 1 | 1 |'
+    assert lines[-4] == '| 0.5 | 0.0 | 0.0 | 0 | 0 |'
     assert lines[-1] == '| 0.97 | 0.0 | 0.0 | 0 | 0 |'

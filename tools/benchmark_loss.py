@@ -211,9 +211,10 @@ def make_rivals(problem: Problem, variants: bool, paper: bool) -> list[Rival]:
 
     rivals = [Rival(SORT, logits, sort, n)]
     for name, loss in ours(paper).items():
-        if name == OURS or variants:
-            rivals.append(rival(name, loss))
-        if name.endswith('memory 7') and variants:
+        if name != OURS and not variants:
+            continue
+        rivals.append(rival(name, loss))
+        if loss.remembered is not None:
             state: dict[str, list[Tensor]] = dict(scores=[], labels=[])
             for shift in range(1, 8):  # seven other steps, of the same distribution
                 state['scores'].append(logits.detach().roll(shift, 0))
