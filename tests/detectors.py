@@ -64,13 +64,13 @@ def truth(data):
 
 
 def record_calls(loss):
-    """Keep what a loss is called with, and the images it then knows."""
+    """Keep what a loss is called with, and the images that come with it."""
     calls = []
     forward = loss.forward
 
-    def spy(pred, target, weight=None, **kwargs):
-        calls.append((pred, target, weight, loss._images))
-        return forward(pred, target, weight, **kwargs)
+    def spy(pred, target, weight=None, *args, images=None, **kwargs):
+        calls.append((pred, target, weight, images))
+        return forward(pred, target, weight, *args, images=images, **kwargs)
 
     loss.forward = spy
     return calls

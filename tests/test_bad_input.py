@@ -24,7 +24,6 @@ from rambo_det import (
     SafeCheckpointHook,
 )
 from rambo_det.functional import ap_loss, average_precision, blackbox_rank, rank
-from rambo_det.losses.calls import merge_calls
 
 NAN, INF = float('nan'), float('inf')
 LOGITS, LABELS = torch.zeros(4, 3), torch.tensor([0, 1, 2, 3])
@@ -221,11 +220,6 @@ CASES = {
         lambda: retina(lambd=-3),
         ValueError,
         'lambd must be a positive number, got -3',
-    ),
-    'no calls to rank': (
-        lambda: merge_calls([]),
-        ValueError,
-        'expected at least one recorded call, got none',
     ),
     # Functions
     'targets of another shape': (

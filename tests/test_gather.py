@@ -92,8 +92,9 @@ def steps_of(rank, world, settings, wrap):
         features, labels, weight, images = rows
         model.zero_grad()
         count = IMAGES if rank is not None else IMAGES * world
-        with loss_cls.images(images, count):
-            loss = loss_cls(model(features), labels, weight, avg_factor=4.0)
+        loss = loss_cls(
+            model(features), labels, weight, avg_factor=4.0, images=(images, count)
+        )
         loss.backward()
         losses.append(loss.detach())
         gradients.append(gradient(model))
@@ -236,12 +237,11 @@ def count_collectives(rank, world):
         for step in range(len(ROWS)):
             features, labels, weight, images = batch(step, rank)
             before = len(sent)
-            with loss_cls.images(images, IMAGES):
-                loss_cls(classifier()(features).float(), labels, weight)
+            scores = classifier()(features).float()
+            loss_cls(scores, labels, weight, images=(images, IMAGES))
             result.append(len(sent) - before)
     loss_cls.eval()
-    with loss_cls.images(images, IMAGES):
-        loss_cls(classifier()(features), labels)
+    loss_cls(classifier()(features), labels, images=(images, IMAGES))
     return result, sent
 
 
@@ -318,11 +318,7 @@ def calls_of_the_first_alone(rank):
     scores = features[:, :CLASSES]
     with pytest.warns(UserWarning, match="span 'image', but the head does not say"):
         losses = [stock(scores, labels), evaluated(scores, labels)]
-    with off.images(images, IMAGES):
-        losses.append(off(scores, labels))
-    with off.images(images, IMAGES), off.deferred() as calls:
-        off(scores, labels)
-    assert len(calls) == 1
+    losses.append(off(scores, labels, images=(images, IMAGES)))
     return losses
 
 

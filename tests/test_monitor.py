@@ -12,7 +12,7 @@ from mmengine.optim import OptimWrapper
 from toy_training import AUXILIARY, rambo_loss, train
 
 from rambo_det import RaMBOMonitorHook
-from rambo_det.functional import detection_average_precision
+from rambo_det.functional import Ranking, detection_average_precision
 from rambo_det.hooks.monitor import _Watch
 
 MONITOR = dict(type='RaMBOMonitorHook', interval=3)
@@ -27,10 +27,14 @@ class Record(Hook):
         self.ranked, self.logged, self.watched = [], [], []
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
-        self.watched.append(runner.model.loss.watch is not None)
+        loss = runner.model.loss
+        self.watched.append(bool(loss.ranked._forward_hooks))
+        self.handle = loss.ranked.register_forward_hook(
+            lambda *args: self.ranked.append([t.detach() for t in args[-1]])
+        )
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        self.ranked.append(runner.model.loss._last[:2])
+        self.handle.remove()
         self.logged.append(
             {
                 key[len('train/rambo/') :]: buffer.current()
@@ -65,12 +69,14 @@ def test_scalars_are_those_of_the_step(tmp_path):
             expected = values.quantile(level / 100).item()
             assert logged[f'{name}_p{level}'] == pytest.approx(expected)
     assert logged['negative_max'] == scores[~positive].max()
-    ranking = loss._ranking(loss.terms[0], labels, None)
-    expected = detection_average_precision(scores, labels, ranking).nanmean()
-    assert logged['class_ap'] == pytest.approx(expected.item())
+    # The AP is that of the ranking: of the memory's five steps, too, and the margin.
+    scores, labels = (torch.cat(part) for part in zip(*record.ranked[:6]))
+    scores = scores + loss.margin * (0.5 - (labels[:, None] == torch.arange(3)).float())
+    expected = detection_average_precision(scores, labels, Ranking(1.0, True))
+    assert logged['class_ap'] == pytest.approx(expected.nanmean().item())
     assert logged['memory_fill'] == 1.0 and record.logged[2]['memory_fill'] == 0.6
     assert logged['classes_ranked'] == logged['classes_seen'] == 3
-    assert model.loss.watch is None and not model.loss._forward_hooks
+    assert not model.loss.ranked._forward_hooks and not model.loss._forward_hooks
 
 
 @pytest.mark.parametrize('memory', [0, 4])

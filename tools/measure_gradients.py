@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, Iterator
@@ -42,6 +41,7 @@ from mmengine.utils import ProgressBar
 from torch import Tensor, nn
 
 import rambo_det  # noqa: F401
+from rambo_det import RaMBOLoss
 
 CLASSIFICATION = 'loss_cls'
 
@@ -56,11 +56,10 @@ def watch(own: nn.Module, losses: dict[str, nn.Module]) -> dict[str, Tensor]:
     forward = own.forward
 
     def record(*args: Any, **kwargs: Any) -> Any:
-        images = getattr(own, '_images', None)
+        stock = {k: v for k, v in kwargs.items() if k not in ('images', 'objects')}
         for name, loss in losses.items():
-            known = images is not None and hasattr(loss, 'images')
-            with loss.images(*images) if known else nullcontext():
-                found[name] = loss(*args, **kwargs)
+            given = kwargs if isinstance(loss, RaMBOLoss) else stock
+            found[name] = loss(*args, **given)
         return forward(*args, **kwargs)
 
     own.forward = record

@@ -1,5 +1,6 @@
 """Heads that tell :class:`~rambo_det.losses.RaMBOLoss` which rows belong together."""
 
+from . import owners  # noqa: F401
 from .bbox_heads import (
     RaMBOBBoxHeadMixin,
     RaMBOConvFCBBoxHead,
@@ -8,6 +9,7 @@ from .bbox_heads import (
     RaMBOShared2FCBBoxHead,
     RaMBOShared4Conv1FCBBoxHead,
 )
+from .binding import RaMBOHeadMixin
 from .dense_heads import (
     RaMBOATSSHead,
     RaMBODDODHead,
@@ -22,6 +24,8 @@ from .dense_heads import (
     RaMBOYOLOFHead,
 )
 from .query_heads import (
+    RaMBOConditionalDETRHead,
+    RaMBODABDETRHead,
     RaMBODeformableDETRHead,
     RaMBODETRHead,
     RaMBODINOHead,
@@ -31,7 +35,9 @@ from .query_heads import (
 __all__ = [
     'RaMBOATSSHead',
     'RaMBOBBoxHeadMixin',
+    'RaMBOConditionalDETRHead',
     'RaMBOConvFCBBoxHead',
+    'RaMBODABDETRHead',
     'RaMBODDODHead',
     'RaMBODETRHead',
     'RaMBODIIHead',
@@ -41,6 +47,7 @@ __all__ = [
     'RaMBODoubleConvFCBBoxHead',
     'RaMBOFCOSHead',
     'RaMBOGFLHead',
+    'RaMBOHeadMixin',
     'RaMBONASFCOSHead',
     'RaMBOQueryHeadMixin',
     'RaMBORPNHead',

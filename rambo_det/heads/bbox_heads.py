@@ -14,18 +14,37 @@ from mmdet.registry import MODELS
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from ..losses import RaMBOLoss
-from .binding import complete_loss_config, rank_nothing
+from .binding import Call, RaMBOHeadMixin
 
 
-class RaMBOBBoxHeadMixin:
+class RaMBOBBoxHeadMixin(RaMBOHeadMixin):
     """Give the loss of a RoI head the image of each proposal.
 
     Put it before any subclass of mmdet's ``BBoxHead``. The head works with other
     losses as the stock head does.
     """
 
-    loss_cls: Any
+    def loss_and_target(
+        self,
+        cls_score: Optional[Tensor],
+        bbox_pred: Optional[Tensor],
+        rois: Tensor,
+        sampling_results: List[Any],
+        *args: Any,
+        **kw: Any,
+    ) -> Dict[str, Any]:
+        """Compute losses and targets; arguments and result are the stock head's."""
+        compute = super().loss_and_target  # type: ignore[misc]
+        args = (cls_score, bbox_pred, rois, sampling_results, *args)
+        if not self.ranks or cls_score is None:
+            return compute(*args, **kw)
+        with self.recording() as calls:
+            result = compute(*args, **kw)
+        objects = torch.cat([r.pos_gt_labels for r in sampling_results])
+        self._rank_proposals(
+            result['loss_bbox'], calls, cls_score, rois, len(sampling_results), objects
+        )
+        return result
 
     def loss(
         self,
@@ -41,16 +60,30 @@ class RaMBOBBoxHeadMixin:
         Without proposals there is a classification loss too, unlike in the stock head.
         """
         compute = super().loss  # type: ignore[misc]
-        if not isinstance(self.loss_cls, RaMBOLoss) or cls_score is None:
+        if not self.ranks or cls_score is None:
             return compute(cls_score, bbox_pred, rois, *args, **kw)
-        if not len(rois):
+        with self.recording() as calls:
             losses = compute(cls_score, bbox_pred, rois, *args, **kw)
-            columns = cls_score.size(1)
-            losses['loss_cls'] = rank_nothing(self.loss_cls, cls_score, columns)
-            return losses
-        images = rois[:, 0].long()
-        with self.loss_cls.images(images, int(images.max()) + 1):
-            return compute(cls_score, bbox_pred, rois, *args, **kw)
+        self._rank_proposals(losses, calls, cls_score, rois)
+        return losses
+
+    def _rank_proposals(
+        self,
+        losses: Dict[str, Any],
+        calls: List[Call],
+        cls_score: Tensor,
+        rois: Tensor,
+        num_images: Optional[int] = None,
+        objects: Optional[Tensor] = None,
+    ) -> None:
+        """Rank what the stock head gave to its loss, and put the result in its place.
+
+        Who calls ``loss`` directly does not tell the number of images.
+        """
+        losses['loss_cls'] = self.rank(
+            calls, cls_score, rois[:, 0].long(), num_images, objects
+        )
+        losses.update(self.loss_cls.get_accuracy())
 
     def refine_bboxes(
         self,
@@ -66,7 +99,7 @@ class RaMBOBBoxHeadMixin:
         """
         refine = super().refine_bboxes  # type: ignore[misc]
         results = refine(sampling_results, bbox_results, batch_img_metas)
-        if results is None and isinstance(self.loss_cls, RaMBOLoss):
+        if results is None and self.ranks:
             none = bbox_results['rois'].new_zeros((0, 4))
             return [InstanceData(bboxes=none) for _ in batch_img_metas]
         return results
@@ -102,7 +135,7 @@ class RaMBODoubleConvFCBBoxHead(RaMBOBBoxHeadMixin, DoubleConvFCBBoxHead):
 
 
 @MODELS.register_module()
-class RaMBODIIHead(DIIHead):
+class RaMBODIIHead(RaMBOHeadMixin, DIIHead):
     """mmdet's ``DIIHead`` (Sparse R-CNN) for :class:`~rambo_det.losses.RaMBOLoss`.
 
     Each stage ranks its own proposals and has its own loss and memory. The matching
@@ -111,12 +144,7 @@ class RaMBODIIHead(DIIHead):
     stock head does.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if 'loss_cls' in kwargs:
-            kwargs['loss_cls'] = complete_loss_config(
-                type(self), kwargs['loss_cls'], background=True
-            )
-        super().__init__(*args, **kwargs)
+    default_memory = 0
 
     def loss_and_target(
         self,
@@ -133,17 +161,21 @@ class RaMBODIIHead(DIIHead):
         """
         compute = super().loss_and_target
         args = (cls_score, bbox_pred, sampling_results, *args)
-        if not isinstance(self.loss_cls, RaMBOLoss):
+        if not self.ranks:
             return compute(*args, **kw)
-        if not len(cls_score):
+        with self.recording() as calls:
             result = compute(*args, **kw)
-            loss = rank_nothing(self.loss_cls, cls_score, cls_score.size(-1))
-            result['loss_bbox']['loss_cls'] = loss
-            return result
-        counts = [len(r.pos_priors) + len(r.neg_priors) for r in sampling_results]
-        images = torch.arange(len(counts), device=cls_score.device)
-        index = images.repeat_interleave(images.new_tensor(counts))
-        with self.loss_cls.images(index, len(counts)):
-            result = compute(*args, **kw)
-        result['loss_bbox'].update(self.loss_cls.get_accuracy(cls_score, index))
+        # The number of proposals of each image is known without asking the device.
+        index = torch.cat(
+            [
+                r.pos_inds.new_full((len(r.pos_priors) + len(r.neg_priors),), image)
+                for image, r in enumerate(sampling_results)
+            ]
+        )
+        objects = torch.cat([r.pos_gt_labels for r in sampling_results])
+        losses = result['loss_bbox']
+        losses['loss_cls'] = self.rank(
+            calls, cls_score, index, len(sampling_results), objects
+        )
+        losses.update(self.loss_cls.get_accuracy())
         return result

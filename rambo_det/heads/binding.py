@@ -1,89 +1,249 @@
-"""What dense and query heads fill in for their loss, and which rows they say it has."""
+"""What binds a loss to a head of mmdet: one mechanism for all heads.
 
-from typing import Any, Dict, Mapping, Type
+While the stock head computes its losses, a recorder stands in for its ``loss_cls`` and
+keeps the calls. Then the loss is called once, with all rows and with their images.
+"""
+
+import warnings
+from contextlib import contextmanager
+from typing import (
+    Any,
+    ClassVar,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+)
 
 import torch
 from mmdet.registry import MODELS
+from mmengine.structures import InstanceData
 from torch import Tensor
 
-from ..losses import WITH_BACKGROUND, RaMBOLoss
+from ..losses import INHERITED, WITH_BACKGROUND, RaMBOLoss, hard_labels
 
 
-def complete_loss_config(
-    head: Type[Any],
-    loss_cls: Any,
-    background: bool,
-    memory: bool = True,
-    auxiliary: bool = True,
-) -> Any:
-    """Fill in what dense and query heads need and the config leaves open.
+class Call(NamedTuple):
+    """The arguments of one call of a classification loss, see ``RaMBOLoss.forward``."""
 
-    Stock heads read ``use_sigmoid`` from the config, so it has to stand there. One
-    column per class is the default, and no memory: it would hold every anchor of the
-    last steps.
+    pred: Tensor
+    target: Any
+    weight: Optional[Tensor] = None
+    avg_factor: Optional[float] = None
+    reduction_override: Optional[str] = None
 
-    Args:
-        head: The class of the head, for messages.
-        loss_cls: The config of the loss; one of another loss is returned as it is.
-        background: Whether the head can have a background column.
-        memory: Whether the head can have a memory.
-        auxiliary: Whether the head can have an auxiliary loss.
 
-    Returns:
-        A completed copy.
+class Recorder:
+    """Stands in for the loss of a head: keeps the calls instead of ranking."""
 
-    Raises:
-        ValueError: If the config asks for what the head cannot have.
+    def __init__(self, loss: RaMBOLoss) -> None:
+        self._loss = loss
+        self.calls: List[Call] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loss, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Keep a call; return a zero that is connected to the graph."""
+        self.calls.append(Call(*args, **kwargs))
+        return self.calls[-1].pred[:0].sum()
+
+    def get_accuracy(self, *_: Any) -> Dict[str, Tensor]:
+        """Report nothing: nothing was ranked."""
+        return {}
+
+
+class RaMBOHeadMixin:
+    """Lets a head hand over all rows of a ranking at once, with their images.
+
+    Put it before a head of mmdet, and wrap the method that calls ``loss_cls``::
+
+        with self.recording() as calls:
+            losses = super().loss_by_feat(cls_scores, ...)
+        losses['loss_cls'] = self.rank(calls, cls_scores, images, num_images)
+        losses.update(self.loss_cls.get_accuracy())
+
+    where ``self.ranks``; with another loss the head works as the stock head does. What
+    the config of :class:`~rambo_det.losses.RaMBOLoss` leaves open is filled in.
     """
-    kind = loss_cls.get('type') if isinstance(loss_cls, Mapping) else None
-    kind = MODELS.get(kind) if isinstance(kind, str) else kind
-    if not (isinstance(kind, type) and issubclass(kind, RaMBOLoss)):
-        return loss_cls
-    result: Dict[str, Any] = {'scores': 'logits', 'memory': 0, **loss_cls}
-    softmax = result['scores'] in WITH_BACKGROUND
-    result.setdefault('use_sigmoid', not softmax)
-    if softmax and not background:
-        raise ValueError(
-            f'{head.__name__}: loss_cls has scores={result["scores"]!r}, which needs a '
-            "background column, and this head has none; use 'logits' or 'sigmoid'"
+
+    # Whether the stock head can have a background column.
+    background: ClassVar[bool] = True
+    # Whether it can have a memory, and which one if the config does not say.
+    memory: ClassVar[bool] = True
+    default_memory: ClassVar[Optional[int]] = None
+    # Whether it tells the loss what a mean over the rows divides by.
+    auxiliary: ClassVar[bool] = True
+
+    loss_cls: Any
+    num_classes: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if 'loss_cls' in kwargs:
+            kwargs['loss_cls'] = self._complete(kwargs['loss_cls'])
+        super().__init__(*args, **kwargs)
+        if not self.ranks:
+            warnings.warn(
+                f'{type(self).__name__}: loss_cls is {type(self.loss_cls).__name__}, '
+                'so that nothing is ranked and the stock head would do. To rank, set '
+                "loss_cls=dict(_delete_=True, type='RaMBOLoss')",
+                stacklevel=2,
+            )
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the loss is one that ranks, and no recorder stands in for it."""
+        return isinstance(self.loss_cls, RaMBOLoss)
+
+    def _complete(self, config: Any) -> Any:
+        """Fill in what the config of the loss leaves open; refuse what cannot be."""
+        kind = config.get('type') if isinstance(config, Mapping) else None
+        kind = MODELS.get(kind) if isinstance(kind, str) else kind
+        if not (isinstance(kind, type) and issubclass(kind, RaMBOLoss)):
+            return config
+        name = type(self).__name__
+        given = {key: value for key, value in config.items() if key != '_scope_'}
+        if given == dict(type=config['type'], use_sigmoid=True, loss_weight=1.0):
+            raise ValueError(
+                f'{name}: loss_cls has use_sigmoid=True and loss_weight=1.0 and no '
+                'other arguments, which are those of cross-entropy. '
+                f'{INHERITED}. If loss_weight=1.0 is meant, leave out use_sigmoid'
+            )
+        result: Dict[str, Any] = {'scores': 'logits', **config}
+        if self.default_memory is not None:
+            result.setdefault('memory', self.default_memory)
+        softmax = result['scores'] in WITH_BACKGROUND
+        # Stock heads read it from the config.
+        result.setdefault('use_sigmoid', not softmax)
+        if softmax and not self.background:
+            raise ValueError(
+                f'{name}: loss_cls has scores={result["scores"]!r}, which needs a '
+                "background column, and this head has none; use 'logits' or 'sigmoid'"
+            )
+        if result.get('memory') and not self.memory:
+            raise ValueError(
+                f'{name}: loss_cls has memory={result["memory"]!r}, but decoder '
+                'layers, encoder and denoising queries share this loss and their '
+                'scores must not mix; set memory=0'
+            )
+        if result.get('auxiliary') and not self.auxiliary:
+            raise ValueError(
+                f'{name}: loss_cls has auxiliary={result["auxiliary"]!r}, but the '
+                'stock head divides its classification loss by the number of positives '
+                'after the call, so that the sum over all anchors would be added; '
+                'leave auxiliary out'
+            )
+        return result
+
+    @contextmanager
+    def recording(self, objects: Optional[Tensor] = None) -> Iterator[List[Call]]:
+        """Let a recorder stand in for the loss while the stock head computes.
+
+        Afterwards, also after an exception, the head is as it was.
+
+        Args:
+            objects (Tensor, optional): The labels of the ground truth (G,). If the
+                stock head fails at one beyond the classes, the error says so.
+
+        Yields:
+            list[Call]: The calls so far, in their order.
+        """
+        recorder = Recorder(self.loss_cls)
+        # What is in here is found before the modules of the head.
+        self.__dict__['loss_cls'] = recorder
+        try:
+            yield recorder.calls
+        except (IndexError, RuntimeError) as error:
+            if objects is not None and (objects >= self.num_classes).any():
+                raise ValueError(
+                    f'{type(self).__name__}: the ground truth has label '
+                    f'{int(objects.max())}, but num_classes={self.num_classes}; set '
+                    "it to the number of classes in the data (metainfo['classes'])"
+                ) from error
+            raise
+        finally:
+            del self.__dict__['loss_cls']
+
+    def rank(
+        self,
+        calls: List[Call],
+        logits: Tensor,
+        images: Tensor,
+        num_images: Optional[int] = None,
+        objects: Optional[Tensor] = None,
+    ) -> Tensor:
+        """Call the loss with the rows of all recorded calls, in their order.
+
+        Without calls it ranks nothing: where processes rank together the others wait
+        for this one, and ``DistributedDataParallel`` for the classifier's gradient.
+
+        Args:
+            calls (list[Call]): What :meth:`recording` recorded.
+            logits (Tensor): Some output of the classifier; stands in for rows where
+                there are none.
+            images (Tensor): The image of each row of all calls, (N,).
+            num_images (int, optional): Number of images; without it, the device is
+                asked for it where a term ranks each image on its own.
+            objects (Tensor, optional): The labels of the ground truth (G,).
+
+        Returns:
+            Tensor: The loss, a scalar.
+        """
+        if not calls:
+            columns = self.loss_cls.get_cls_channels(self.num_classes)
+            nothing = logits.reshape(-1)[:0].view(0, columns)
+            calls = [Call(nothing, images.new_zeros(0))]
+            images = images[:0]
+        pred, target, weight, avg_factor, reduction = merge_calls(calls)
+        return self.loss_cls(
+            pred,
+            target,
+            weight,
+            avg_factor,
+            reduction,
+            images=images if num_images is None else (images, num_images),
+            objects=objects,
         )
-    if result['memory'] and not memory:
-        raise ValueError(
-            f'{head.__name__}: loss_cls has memory={result["memory"]!r}, but decoder '
-            'layers, encoder and denoising queries share this loss and their scores '
-            'must not mix; set memory=0'
+
+
+def merge_calls(calls: List[Call]) -> Call:
+    """Return one call with the rows of all, in their order, and with hard labels."""
+    pred, target, weight, avg_factor, reduction = zip(*calls)
+    labels = [hard_labels(t) for t in target]
+    if len(calls) == 1:
+        return calls[0]._replace(target=labels[0])
+    weights = None
+    if any(w is not None for w in weight):
+        weights = torch.cat(
+            [
+                p.new_ones(len(p)) if w is None else w.to(p.dtype)
+                for p, w in zip(pred, weight)
+            ]
         )
-    if result.get('auxiliary') and not auxiliary:
-        raise ValueError(
-            f'{head.__name__}: loss_cls has auxiliary={result["auxiliary"]!r}, but the '
-            'stock head divides its classification loss by the number of positives '
-            'after the call, so that the sum over all anchors would be added; leave '
-            'auxiliary out'
-        )
-    return result
+    return Call(
+        torch.cat(pred), torch.cat(labels), weights, avg_factor[0], reduction[0]
+    )
+
+
+def object_labels(args: Iterable[Any]) -> Optional[Tensor]:
+    """Return the labels of all objects among the arguments of a stock head, (G,).
+
+    The ground truth comes as a list with an ``InstanceData`` for each image.
+    """
+    for arg in args:
+        if (
+            isinstance(arg, (list, tuple))
+            and arg
+            and all(isinstance(i, InstanceData) and 'labels' in i for i in arg)
+        ):
+            return torch.cat([instances.labels for instances in arg])
+    return None
 
 
 def image_major(num_images: int, rows_per_image: int, device: torch.device) -> Tensor:
     """Return the image of each row where the rows of an image follow each other."""
     index = torch.arange(num_images, device=device)
     return index.repeat_interleave(rows_per_image)
-
-
-def rank_nothing(loss_cls: RaMBOLoss, cls_scores: Tensor, columns: int) -> Tensor:
-    """Call the loss for a head that has nothing to rank, and so does not call it.
-
-    Where all processes rank together, the others wait for this one. And the classifier
-    becomes part of the graph: ``DistributedDataParallel`` waits for its gradient.
-
-    Args:
-        loss_cls: The loss.
-        cls_scores: The logits, of which none is ranked.
-        columns: The number of columns that their rows have.
-
-    Returns:
-        0, or the loss of the other processes' rows, with zero gradient.
-    """
-    pred = cls_scores.reshape(-1, columns)[:0]
-    labels = torch.zeros(0, dtype=torch.long, device=pred.device)
-    with loss_cls.images(labels, 1):
-        return loss_cls(pred, labels)

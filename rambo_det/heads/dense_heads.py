@@ -18,11 +18,10 @@ from mmdet.models.dense_heads import (
 from mmdet.registry import MODELS
 from torch import Tensor
 
-from ..losses import RaMBOLoss
-from .binding import complete_loss_config, image_major, rank_nothing
+from .binding import RaMBOHeadMixin, image_major, object_labels
 
 
-class RaMBODenseHeadMixin:
+class RaMBODenseHeadMixin(RaMBOHeadMixin):
     """Rank the anchors or points of all levels of an image against each other.
 
     Put it before any subclass of mmdet's ``AnchorHead`` or ``AnchorFreeHead`` that
@@ -34,30 +33,12 @@ class RaMBODenseHeadMixin:
     ``scores='logits'``, ``memory=0`` and the ``use_sigmoid`` that goes with them.
     """
 
-    # Whether the stock head can have a background column.
-    background: ClassVar[bool] = False
-    # Whether it tells the loss what a mean over the rows divides by.
-    auxiliary: ClassVar[bool] = True
+    background = False
+    default_memory = 0  # it would hold every anchor of the last steps
     # Before the names of the losses and of the reported AP.
     prefix: ClassVar[str] = ''
 
-    loss_cls: Any
     cls_out_channels: int
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if 'loss_cls' in kwargs:
-            kwargs['loss_cls'] = complete_loss_config(
-                type(self),
-                kwargs['loss_cls'],
-                self.background,
-                auxiliary=self.auxiliary,
-            )
-        super().__init__(*args, **kwargs)
-        if isinstance(self.loss_cls, RaMBOLoss):
-            # Asked for activations, the loss gives a RoI head a last column to drop.
-            # Dense heads drop none; without this flag they take the sigmoid or the
-            # softmax of the columns themselves.
-            self.loss_cls.custom_cls_channels = False
 
     def loss_by_feat(
         self, cls_scores: List[Tensor], *args: Any, **kwargs: Any
@@ -65,33 +46,33 @@ class RaMBODenseHeadMixin:
         """Compute the losses; arguments and result are those of the stock head.
 
         ``cls_scores`` has a tensor (images, anchors * columns, H, W) for each level.
-        Besides the losses, the exact AP of the step is reported.
+        Besides the losses, the AP of the ranking is reported.
 
         Raises:
             ValueError: If the stock head's rows are not those of the levels.
         """
         compute = super().loss_by_feat  # type: ignore[misc]
-        if not isinstance(self.loss_cls, RaMBOLoss):
+        if not self.ranks:
             return compute(cls_scores, *args, **kwargs)
-        with self.loss_cls.deferred() as calls:
+        objects = object_labels([*args, *kwargs.values()])
+        with self.recording(objects) as calls:
             losses = compute(cls_scores, *args, **kwargs)
         if losses is None:  # no anchor is in an image, at which mmdet stops
             return None
-        name = f'loss_{self.prefix}cls'
-        if not calls:  # the head found nothing to rank
-            columns = self.cls_out_channels
-            losses[name] = rank_nothing(self.loss_cls, cls_scores[0], columns)
-            return losses
-        num_images = len(cls_scores[0])
         index = self._images_of_rows(cls_scores, sum(len(c.pred) for c in calls))
-        losses[name] = self.loss_cls.joint(calls, index, num_images)
-        for key, value in self.loss_cls.get_accuracy(*calls[0][:2]).items():
+        losses[f'loss_{self.prefix}cls'] = self.rank(
+            calls, cls_scores[0], index, len(cls_scores[0]), objects
+        )
+        for key, value in self.loss_cls.get_accuracy().items():
             losses[self.prefix + key] = value
         return losses
 
     def _images_of_rows(self, cls_scores: List[Tensor], num_rows: int) -> Tensor:
         """Return the image of each row, (num_rows,): level by level, image by image."""
         num_images, columns = len(cls_scores[0]), self.cls_out_channels
+        device = cls_scores[0].device
+        if not num_rows:  # the head found nothing to rank
+            return torch.zeros(0, dtype=torch.long, device=device)
         rows = [s.numel() // columns for s in cls_scores]
         if sum(rows) != num_rows or any(n % num_images for n in rows):
             raise ValueError(
@@ -101,7 +82,6 @@ class RaMBODenseHeadMixin:
                 'to which image is not known; this head cannot be bound by '
                 'RaMBODenseHeadMixin'
             )
-        device = cls_scores[0].device
         return torch.cat(
             [image_major(num_images, n // num_images, device) for n in rows]
         )

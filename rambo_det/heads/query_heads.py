@@ -1,16 +1,21 @@
 """Query heads: each decoder layer ranks the queries of an image."""
 
-from typing import Any, ClassVar, Dict
+from typing import Any, Dict, List
 
-from mmdet.models.dense_heads import DeformableDETRHead, DETRHead, DINOHead
+from mmdet.models.dense_heads import (
+    ConditionalDETRHead,
+    DABDETRHead,
+    DeformableDETRHead,
+    DETRHead,
+    DINOHead,
+)
 from mmdet.registry import MODELS
 from torch import Tensor
 
-from ..losses import RaMBOLoss
-from .binding import complete_loss_config, image_major, rank_nothing
+from .binding import RaMBOHeadMixin, image_major, object_labels
 
 
-class RaMBOQueryHeadMixin:
+class RaMBOQueryHeadMixin(RaMBOHeadMixin):
     """Rank the queries of an image against each other, in each part on its own.
 
     A part is a decoder layer, the encoder's output or the denoising queries of a
@@ -23,43 +28,33 @@ class RaMBOQueryHeadMixin:
     refused.
     """
 
-    # Whether the stock head can have a background column.
-    background: ClassVar[bool] = False
-
-    loss_cls: Any
-    _parts_to_report = 0
+    background = False
+    memory = False
+    default_memory = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if 'loss_cls' in kwargs:
-            kwargs['loss_cls'] = complete_loss_config(
-                type(self), kwargs['loss_cls'], self.background, memory=False
-            )
         super().__init__(*args, **kwargs)
-        self._reported: Dict[str, Tensor] = {}
+        self._reports: List[Dict[str, Tensor]] = []  # of the parts, in their order
 
     def loss_by_feat(
         self, all_layers_cls_scores: Tensor, *args: Any, **kwargs: Any
     ) -> Dict[str, Tensor]:
         """Compute the losses; arguments and result are those of the stock head.
 
-        Besides the losses, the exact AP of the last decoder layer is reported.
+        Besides the losses, the AP of the last decoder layer's ranking is reported.
         """
-        # Decoder layers come first; the last one predicts at test time.
-        self._parts_to_report = len(all_layers_cls_scores)
         compute = super().loss_by_feat  # type: ignore[misc]
-        losses = compute(all_layers_cls_scores, *args, **kwargs)
-        losses.update(self._reported)
-        self._reported = {}
+        losses: Dict[str, Tensor] = compute(all_layers_cls_scores, *args, **kwargs)
+        reports, self._reports = self._reports, []
+        if self.ranks:
+            # Decoder layers come first; the last one predicts at test time.
+            losses.update(reports[len(all_layers_cls_scores) - 1])
         return losses
 
     def loss_by_feat_single(self, cls_scores: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Compute the losses of a part; ``cls_scores`` is (images, queries, C)."""
         compute = super().loss_by_feat_single  # type: ignore[misc]
-        result = self._in_images(compute, cls_scores, *args, **kwargs)
-        self._parts_to_report -= 1
-        if self._parts_to_report == 0 and isinstance(self.loss_cls, RaMBOLoss):
-            self._reported = self.loss_cls.get_accuracy(cls_scores, cls_scores)
-        return result
+        return self._in_images(compute, cls_scores, *args, **kwargs)
 
     def _loss_dn_single(self, dn_cls_scores: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Compute the losses of the denoising queries of a decoder layer."""
@@ -75,15 +70,16 @@ class RaMBOQueryHeadMixin:
         and after it calls the loss, and does not call it in a process that has no
         objects, and so no denoising queries: all have to do all this in one order.
         """
-        if not isinstance(self.loss_cls, RaMBOLoss):
+        if not self.ranks:
             return compute(cls_scores, *args, **kwargs)
-        with self.loss_cls.deferred() as calls:
+        objects = object_labels([*args, *kwargs.values()])
+        with self.recording(objects) as calls:
             _, *others = compute(cls_scores, *args, **kwargs)
-        num_images, num_queries, columns = cls_scores.shape
-        if not calls:
-            return (rank_nothing(self.loss_cls, cls_scores, columns), *others)
+        num_images, num_queries, _ = cls_scores.shape
         index = image_major(num_images, num_queries, cls_scores.device)
-        return (self.loss_cls.joint(calls, index, num_images), *others)
+        loss = self.rank(calls, cls_scores, index, num_images, objects)
+        self._reports.append(self.loss_cls.get_accuracy())
+        return (loss, *others)
 
 
 @MODELS.register_module()
@@ -91,6 +87,16 @@ class RaMBODETRHead(RaMBOQueryHeadMixin, DETRHead):
     """mmdet's ``DETRHead`` for :class:`~rambo_det.losses.RaMBOLoss`."""
 
     background = True
+
+
+@MODELS.register_module()
+class RaMBOConditionalDETRHead(RaMBOQueryHeadMixin, ConditionalDETRHead):
+    """mmdet's ``ConditionalDETRHead`` for :class:`~rambo_det.losses.RaMBOLoss`."""
+
+
+@MODELS.register_module()
+class RaMBODABDETRHead(RaMBOQueryHeadMixin, DABDETRHead):
+    """mmdet's ``DABDETRHead`` for :class:`~rambo_det.losses.RaMBOLoss`."""
 
 
 @MODELS.register_module()

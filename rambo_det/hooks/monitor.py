@@ -1,6 +1,6 @@
 """What a user needs to see when ranking does not train."""
 
-from typing import Any, Dict, List, Optional, Set
+from typing import Any, Dict, List, Optional, Set, Tuple
 
 import torch
 from mmdet.registry import HOOKS
@@ -27,14 +27,17 @@ class _Watch:
         self.num_classes = 0
         self.differentiated = 0
         self.without_gradient = 0
-        loss.watch = self.see
-        self._handle = loss.register_forward_hook(self.after_call)
+        self._handles = [
+            loss.ranked.register_forward_hook(self.see),
+            loss.register_forward_hook(self.after_call),
+        ]
 
-    def see(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Take note of the ranked scores; return them, to see their gradient.
+    def see(self, _: Any, __: Any, output: Tuple[Tensor, Tensor]) -> Any:
+        """Take note of what is ranked; return it, to see the gradient of the scores.
 
         They are a new node of the graph: gradients of an auxiliary loss bypass it.
         """
+        scores, labels = output
         self.num_classes = scores.size(1)
         classes = torch.arange(self.num_classes, device=scores.device)
         positive = labels.unsqueeze(1) == classes
@@ -43,7 +46,7 @@ class _Watch:
         self.negatives.append(values[(labels >= 0).unsqueeze(1) & ~positive])
         self.classes.update(labels[positive.any(1)].unique().tolist())
         if not scores.requires_grad:
-            return scores
+            return output
         scores = scores.view_as(scores)
 
         def count(gradient: Tensor) -> None:
@@ -51,17 +54,17 @@ class _Watch:
             self.without_gradient += int((gradient[positive] == 0).sum())
 
         scores.register_hook(count)
-        return scores
+        return scores, labels
 
-    def after_call(self, _: Any, __: Any, output: Tensor) -> None:
+    def after_call(self, *_: Any) -> None:
         """Keep the AP of a call."""
-        for name, value in self.loss.get_accuracy(output, output).items():
+        for name, value in self.loss.get_accuracy().items():
             self.precisions.setdefault(name, []).append(float(value))
 
     def stop(self) -> None:
         """Leave the loss as it was."""
-        self.loss.watch = None
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def scalars(self) -> Dict[str, float]:
         """Return what is logged; without positives, what there is without them."""
@@ -84,9 +87,8 @@ class _Watch:
                     result[f'{name}_p{round(100 * level)}'] = value
         if len(negatives):
             result['negative_max'] = float(negatives.max())
-        if len(positives):
-            for name, values in self.precisions.items():
-                result[name] = sum(values) / len(values)
+        for name, values in self.precisions.items():
+            result[name] = sum(values) / len(values)
         # While a schedule holds the ranking back, nothing has a gradient.
         if self.differentiated and self.loss.factors['loss_weight']:
             result['zero_grad_share'] = self.without_gradient / self.differentiated

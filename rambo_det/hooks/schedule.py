@@ -39,9 +39,10 @@ class RaMBOScheduleHook(Hook):
             the factor changes every iteration in all cases. Defaults to 'epoch'.
 
     Raises:
-        ValueError: If an argument is out of range, if the model has no ``RaMBOLoss``
-            or one whose ``lambd`` is infinite although it should change, or if the
-            training knows no epochs although ``begin`` or ``until`` does.
+        ValueError: If an argument is out of range, if nothing in the model could change
+            (no ``RaMBOLoss``, an infinite ``lambd``, a margin or weight of 0, no
+            auxiliary loss), if two hooks change one setting, or if the training knows
+            no epochs although ``begin`` or ``until`` does.
 
     Example:
         λ falls from 100 to 1 where the loss has ``lambd=1.0, perturb='together'``::
@@ -131,27 +132,53 @@ class RaMBOScheduleHook(Hook):
             progress = (1 - math.cos(math.pi * progress)) / 2
         return self.start + (self.end - self.start) * progress
 
-    def before_train_iter(
-        self, runner: Any, batch_idx: int, data_batch: Optional[Any] = None
-    ) -> None:
-        """Set the factor for the coming iteration and log it."""
+    def before_train(self, runner: Any) -> None:
+        """Look whether there is something to change, and nobody else who does.
+
+        Raises:
+            ValueError: If not.
+        """
+        name = type(self).__name__
         losses = named_losses(runner).values()
         if not losses:
             raise ValueError(
-                f'{type(self).__name__}: the model has no RaMBOLoss whose {self.param} '
-                'could change; remove the hook from custom_hooks or use the loss'
+                f'{name}: the model has no RaMBOLoss whose {self.param} could change; '
+                'remove the hook from custom_hooks or use the loss'
             )
         if self.param == 'lambd' and any(
             math.isinf(term.lambd) for loss in losses for term in loss.terms
         ):
             raise ValueError(
-                f'{type(self).__name__}: lambd is infinite, as by default, so that a '
-                'factor cannot change it; give the loss a finite lambd'
+                f'{name}: lambd is infinite, as by default, so that a factor cannot '
+                'change it; give the loss a finite lambd'
             )
+        # A factor of what is absent or 0 changes nothing.
+        values = [getattr(loss, self.param) for loss in losses]
+        if not any(values):
+            raise ValueError(
+                f'{name}: the RaMBOLoss of the model has {self.param}={values[0]!r}, '
+                'which no factor changes; give the loss the value to be reached, or '
+                'remove the hook'
+            )
+        if any(
+            isinstance(hook, RaMBOScheduleHook)
+            and hook is not self
+            and hook.param == self.param
+            for hook in runner.hooks
+        ):
+            raise ValueError(
+                f'{name}: two hooks change {self.param}, and only the last one would '
+                'count; leave one of them in custom_hooks'
+            )
+
+    def before_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Optional[Any] = None
+    ) -> None:
+        """Set the factor for the coming iteration and log it."""
         length = None
         if not isinstance(runner.train_loop, IterBasedTrainLoop):  # has no epochs
             length = runner.max_iters / runner.max_epochs
         factor = self.factor(runner.iter, runner.max_iters, length)
-        for loss in losses:
+        for loss in named_losses(runner).values():
             loss.factors[self.param] = factor
         runner.message_hub.update_scalar(f'train/{self.param}_factor', factor)

@@ -1,6 +1,14 @@
 """Losses registered in mmdet's ``MODELS``."""
 
-from .arguments import WITH_BACKGROUND
+from .arguments import INHERITED, WITH_BACKGROUND
 from .rambo_loss import SCHEDULED, RaMBOLoss
+from .rows import Owner, hard_labels
 
-__all__ = ['SCHEDULED', 'WITH_BACKGROUND', 'RaMBOLoss']
+__all__ = [
+    'INHERITED',
+    'SCHEDULED',
+    'WITH_BACKGROUND',
+    'Owner',
+    'RaMBOLoss',
+    'hard_labels',
+]

@@ -16,6 +16,15 @@ DEFAULTS = {
 SCORES = ('logits', 'sigmoid', 'softmax', 'log_softmax')
 # Those that have a background column.
 WITH_BACKGROUND = ('softmax', 'log_softmax')
+# Spellings of an infinite λ. mmengine writes a float infinity into the config of the
+# work dir as a name that Python does not know, and --cfg-options turns 'inf' into that
+# float; the second spelling survives both.
+INFINITE = ('inf', 'infinite')
+# The cure where a config has arguments of the loss that it replaces.
+INHERITED = (
+    'A config that inherits another loss keeps its arguments; replace them all with '
+    "loss_cls=dict(_delete_=True, type='RaMBOLoss')"
+)
 
 
 class Term(NamedTuple):
@@ -39,8 +48,13 @@ def number(
     finite: bool = True,
     where: str = '',
 ) -> float:
-    """Return a number >= 0 (or > 0) or raise an error that names it."""
+    """Return a number >= 0 (or > 0) or raise an error that names it.
+
+    Where it need not be finite, it may be given as one of ``INFINITE``.
+    """
     low = 'positive' if positive else 'non-negative'
+    if positive and value in INFINITE:
+        value = float('inf')
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f'RaMBOLoss: {name} must be a {low} number, got {value!r}')
     low_enough = value < float('inf') if finite else True

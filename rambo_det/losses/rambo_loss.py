@@ -1,32 +1,18 @@
 """RaMBO: average precision as the classification loss of a detector."""
 
 import warnings
-from contextlib import contextmanager
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    Iterator,
-    List,
-    Optional,
-    Tuple,
-    Union,
-)
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from mmdet.registry import MODELS
 from mmengine.dist import get_world_size
 from torch import Tensor, nn
 
-from ..functional import (
-    Ranking,
-    apply_margin,
-    detection_ap_loss,
-    detection_average_precision,
-)
-from ..functional.checks import check_perturb
+from ..functional import Ranking, apply_margin, detection_ap_loss
+from ..functional.checks import at_least_float32, check_perturb
 from .arguments import (
     DEFAULTS,
+    INHERITED,
     SCORES,
     WITH_BACKGROUND,
     Term,
@@ -34,19 +20,31 @@ from .arguments import (
     number,
     parse_term,
 )
-from .calls import Call, OpenCalls, calling_head, hard_labels, merge_calls
-from .checks import check_reduction, check_shapes, ranked_labels
 from .gather import Exchange, Step, gather_step
 from .memory import ScoreMemory
+from .rows import Images, Owner, Rows, check_reduction, check_rows
 
 # What RaMBOScheduleHook can change during training.
 SCHEDULED = ('lambd', 'margin', 'loss_weight', 'auxiliary')
+# After so many calls without a positive, the loss says so.
+PATIENCE = 50
 
 
 def _not_compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Keep ``torch.compile`` out of a function: its shapes change with every batch."""
     compiler = getattr(torch, 'compiler', None)  # since PyTorch 2.1
     return function if compiler is None else compiler.disable(function)
+
+
+class Ranked(nn.Module):
+    """Hands on what is ranked: the place for forward hooks that look at it.
+
+    Gradients of its output are those of the ranking alone, without the auxiliary loss.
+    """
+
+    def forward(self, scores: Tensor, labels: Tensor) -> Tuple[Tensor, Tensor]:
+        """Return scores (N, C) and labels (N,), negative in ignored rows."""
+        return scores, labels
 
 
 @MODELS.register_module()
@@ -64,7 +62,7 @@ class RaMBOLoss(nn.Module):
     A term's ``span`` says which rows meet in one sequence: those of each ``'image'``,
     of the ``'batch'``, or of the batch and the last ``memory`` steps (``'memory'``,
     class-wise term only). Which rows belong to which image the heads of this package
-    tell; in a stock head 'image' means the batch. 'row' (pooled term only) ranks the
+    tell; where nobody does, 'image' means the batch. 'row' (pooled term only) ranks the
     classes of each row against each other.
 
     The defaults are the recipe of ``docs/results.md``, not the settings of the paper;
@@ -74,7 +72,8 @@ class RaMBOLoss(nn.Module):
         lambd (float): λ of Algorithm 1 for terms without one of their own: how far
             scores are moved to look for the gradient. It does not scale the loss, but
             with ``perturb='together'``, where it has to be finite, the larger it is
-            the shorter the gradient. Defaults to infinity.
+            the smaller the gradient norm. Defaults to infinity, which a config spells
+            ``'infinite'``: mmengine cannot load the dump of a float infinity.
         margin (float): α: positives are lowered and negatives raised by half of it
             before ranking, in units of the scores. Defaults to 1.
         margin_noise (bool): Whether each shift is multiplied by its own ``|N(0, 1)|``,
@@ -99,8 +98,9 @@ class RaMBOLoss(nn.Module):
             from the same logits and added, such as ``dict(type='CrossEntropyLoss')``.
             It has its own ``loss_weight``, and ``use_sigmoid`` like this loss. Defaults
             to None.
-        check_values (bool): Whether to look for NaN and for labels out of range in
-            each step, at the cost of a device synchronisation. Defaults to True.
+        check_values (bool): Whether to look for NaN, for labels out of range and for
+            positives in each step, at the cost of one device synchronisation. Defaults
+            to True.
         perturb (str): How Algorithm 1 moves the positives of a sequence: 'together',
             each by λ times its incoming gradient, as in the paper; or 'singly', each
             on its own by λ, with the loss that this gains as its gradient. See
@@ -112,7 +112,7 @@ class RaMBOLoss(nn.Module):
             package, which do so.
 
     Raises:
-        TypeError: If an argument has the wrong type.
+        TypeError: If an argument is unknown or has the wrong type.
         ValueError: If an argument is out of range.
 
     Example:
@@ -143,8 +143,14 @@ class RaMBOLoss(nn.Module):
         check_values: bool = True,
         perturb: str = 'singly',
         gather: Optional[bool] = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        if unknown:
+            names = ', '.join(map(repr, unknown))
+            raise TypeError(
+                f'RaMBOLoss: unexpected keyword argument {names}. {INHERITED}'
+            )
         together = check_perturb('RaMBOLoss', perturb)
         if scores not in SCORES:
             raise ValueError(
@@ -155,7 +161,8 @@ class RaMBOLoss(nn.Module):
             raise ValueError(
                 f'RaMBOLoss: scores={scores!r} needs use_sigmoid='
                 f'{not has_background}, got {use_sigmoid}: mmdet heads read '
-                'use_sigmoid to decide whether the classifier has a background column'
+                'use_sigmoid to decide whether the classifier has a background column. '
+                + INHERITED
             )
         if isinstance(memory, bool) or not isinstance(memory, int) or memory < 0:
             raise ValueError(
@@ -192,15 +199,12 @@ class RaMBOLoss(nn.Module):
         self.factors = dict.fromkeys(SCHEDULED, 1.0)
         self._fills_memory = memory > 0 and any(t.span == 'memory' for t in self.terms)
         self._memory = ScoreMemory(memory)
-        # Set by RaMBOMonitorHook for a step: takes the ranked scores and the labels,
-        # and returns the scores to go on with.
-        self.watch: Optional[Callable[[Tensor, Tensor], Tensor]] = None
+        self.ranked = Ranked()
         self._exchange = Exchange(1 + len(self.terms))
-        self._images: Optional[Tuple[Tensor, int]] = None
-        self._last: Optional[Tuple[Tensor, Tensor, Optional[Tuple[Tensor, int]]]] = None
+        self._owners: List[Owner] = []
+        self._reported: Dict[str, Tensor] = {}
+        self._calls_without_positive: Optional[int] = 0
         self._warned_about_images = False
-        self._deferred: Optional[List[Call]] = None
-        self._open_calls = OpenCalls()
         # mmdet's RoI heads ask for these three to use the methods below.
         self.custom_cls_channels = True
         self.custom_activation = True
@@ -217,114 +221,66 @@ class RaMBOLoss(nn.Module):
 
     # What mmdet's heads ask of a loss
 
+    def introduce(self, owner: Owner) -> None:
+        """Tell that a head holds this loss, which several may."""
+        self._owners.append(owner)
+
     def get_cls_channels(self, num_classes: int) -> int:
         """Return the number of outputs of the classifier for C classes."""
         return num_classes + self.has_background
 
     def get_activation(self, cls_score: Tensor) -> Tensor:
-        """Turn logits into test scores for a RoI head.
+        """Turn logits into test scores.
+
+        RoI heads drop the last column, and semi-supervised detectors read it as the
+        probability of the background. Where every class has a sigmoid of its own, it is
+        the least that the classes leave for it, 1 - max. Dense heads keep all columns,
+        and get none for the background.
 
         Args:
             cls_score (Tensor): Logits of shape (N, C), or (N, C + 1) with softmax.
 
         Returns:
-            Tensor: Scores of shape (N, C + 1); RoI heads drop the last column.
+            Tensor: Scores of shape (N, C + 1), or (N, C) in a dense head.
         """
+        dense = any(owner.dense for owner in self._owners)
         if self.has_background:
-            return cls_score.softmax(dim=-1)
-        return nn.functional.pad(cls_score.sigmoid(), (0, 1))
+            scores = cls_score.softmax(dim=-1)
+            return scores[..., :-1] if dense else scores
+        scores = cls_score.sigmoid()
+        if dense:
+            return scores
+        background = (-cls_score.amax(dim=-1, keepdim=True)).sigmoid()
+        return torch.cat([scores, background], dim=-1)
 
-    def get_accuracy(self, cls_score: Tensor, labels: Tensor) -> Dict[str, Tensor]:
-        """Report the exact AP per term that the preceding call of the loss kept.
+    def get_accuracy(
+        self, cls_score: Optional[Tensor] = None, labels: Optional[Tensor] = None
+    ) -> Dict[str, Tensor]:
+        """Report the AP per term of the ranking that the preceding call made.
 
-        The scores are those of that call's batch, without margin and memory, in the
-        sequences of each term. ``cls_score`` and ``labels`` are mmdet's interface and
-        not used: they come without the weights and images that the call had.
+        It is that of the very sequences that were ranked, with margin and memory, and
+        costs no second ranking. The arguments are mmdet's interface and not used.
 
         Returns:
-            dict[str, Tensor]: AP in [0, 1] under 'class_ap' and 'pooled_ap'; 0 where
-            the batch had no positive; empty before the first call and where calls
-            are deferred.
+            dict[str, Tensor]: AP in [0, 1] under 'class_ap' and 'pooled_ap'. Empty if
+            the call had no positive, so that it does not count in a mean over steps;
+            with ``check_values=False`` nobody knows, and the value before is repeated.
         """
-        if self._last is None or self._deferred is not None:
-            return {}
-        scores, labels, images = self._last
-        result = {}
-        for term in self.terms:
-            ranking = self._ranking(term, labels, images)
-            values = detection_average_precision(scores, labels, ranking)
-            result[term.name] = torch.nan_to_num(values.nanmean())
-        return result
+        return dict(self._reported)
 
     # The loss
-
-    @contextmanager
-    def images(self, index: Tensor, num_images: int) -> Iterator[None]:
-        """Tell which image each row of the next calls belongs to.
-
-        A head that does so calls the loss in every process, also without rows: with
-        ``gather=None`` the processes then rank together.
-
-        Args:
-            index (Tensor): Image 0..num_images-1 of each row, int64, shape (N,).
-            num_images (int): Number of images.
-
-        Raises:
-            ValueError: If ``index`` is not one-dimensional.
-        """
-        if index.dim() != 1:
-            raise ValueError(
-                'RaMBOLoss.images: index must have shape (N,), the image of each row, '
-                f'got {tuple(index.shape)}'
-            )
-        outer = self._images
-        self._images = (index.long(), num_images)
-        try:
-            yield
-        finally:
-            self._images = outer
-
-    @contextmanager
-    def deferred(self) -> Iterator[List[Call]]:
-        """Record calls instead of ranking: a head calls once per pyramid level.
-
-        Each call returns a zero that is connected to the graph. :meth:`joint` ranks
-        the recorded calls afterwards.
-
-        Yields:
-            list[Call]: The calls so far, in their order.
-        """
-        outer = self._deferred
-        calls: List[Call] = []
-        self._deferred = calls
-        try:
-            yield calls
-        finally:
-            self._deferred = outer
-
-    def joint(self, calls: List[Call], index: Tensor, num_images: int) -> Tensor:
-        """Compute the loss of recorded calls as if they had been one.
-
-        Args:
-            calls (list[Call]): What :meth:`deferred` recorded.
-            index (Tensor): The image of each row of all calls, see :meth:`images`.
-            num_images (int): Number of images.
-
-        Returns:
-            Tensor: The loss, a scalar.
-        """
-        pred, target, weight, avg_factor = merge_calls(calls)
-        with self.images(index, num_images):
-            return self(pred, target, weight, avg_factor=avg_factor)
 
     @_not_compiled
     def forward(
         self,
         pred: Tensor,
-        target: Union[Tensor, Tuple[Tensor, Tensor]],
+        target: Any,
         weight: Optional[Tensor] = None,
         avg_factor: Optional[float] = None,
         reduction_override: Optional[str] = None,
+        *,
+        images: Optional[Images] = None,
+        objects: Optional[Tensor] = None,
     ) -> Tensor:
         """Compute the loss.
 
@@ -339,129 +295,105 @@ class RaMBOLoss(nn.Module):
                 sequences have no use for it.
             reduction_override (str, optional): ``None``, 'mean' and 'sum' mean the
                 same; 'none' raises, since a ranking has no loss per row.
+            images (Tensor | tuple[Tensor, int], optional): The image of each row,
+                integers of shape (N,); or these and the number of images, which saves
+                asking the device for it. A head that gives them calls the loss in every
+                process, also without rows: with ``gather=None`` the processes then rank
+                together.
+            objects (Tensor, optional): The labels of the ground truth of the batch,
+                (G,). They are checked, not ranked: matching may turn a label beyond the
+                classes into background.
 
         Returns:
             Tensor: The loss, a scalar; the ranking's part is 0 with zero gradient
             without positives.
 
         Raises:
-            TypeError: If ``pred`` or ``target`` has the wrong type.
+            TypeError: If an argument has the wrong type.
             ValueError: If shapes do not fit, a label is out of range, ``pred``
                 contains NaN, or ``reduction_override`` is 'none' or unknown.
-            RuntimeError: If a head without binding calls once per pyramid level, or if
-                another process refused what it got.
+            RuntimeError: If the head that calls has to tell the images and does not, or
+                if another process refused what it got.
         """
-        images = self._images
-        together = self._ranks_together()
+        together = self._ranks_together(images)
         try:
-            target = hard_labels(target)
             check_reduction(reduction_override)
-            index = None if images is None else images[0]
-            check_shapes(pred, target, weight, index, self.has_background)
-            if self._deferred is not None:
-                self._deferred.append(Call(pred, target, weight, avg_factor))
-                return pred[:0].sum()
-            labels, any_ignored = ranked_labels(
-                pred, target, weight, self.has_background, self.check_values
+            rows = check_rows(
+                pred,
+                target,
+                weight,
+                images,
+                objects,
+                self._owners,
+                self.has_background,
+                any(term.span == 'image' for term in self.terms),
+                self.check_values,
             )
-            scores = self._ranked_scores(pred)
+            scores, labels = self.ranked(self._scores(rows), rows.labels)
+            rankings = [self._ranking(term, rows) for term in self.terms]
         except Exception:
             if together:  # the others wait for this process
                 self._exchange.refuse(pred.device)
             raise
-        self._last = (scores.detach(), labels, images)
-        if self.watch is not None:
-            scores = self.watch(scores, labels)
-        rankings = [self._ranking(term, labels, images) for term in self.terms]
-        margin = fixed_margin = self.margin * self.factors['margin']
-        noise = bool(margin) and self.margin_noise
-        step = Step(scores, labels, any_ignored)
+        margin = self.margin * self.factors['margin']
+        noise = self.margin_noise and margin > 0
+        step = Step(scores, labels, rows.any_ignored)
         if together:
             step = gather_step(
-                self._exchange, scores, labels, rankings, any_ignored, noise
+                self._exchange, scores, labels, rankings, rows.any_ignored, noise
             )
         rankings = [step.place(ranking) for ranking in rankings]
-
-        scores, labels, any_ignored = step[:3]
-        if self.training and self._fills_memory:
-            past = self._memory.recall(scores)
-            self._memory.append(scores.detach(), labels.detach(), step.processes > 1)
-            if past is not None:
-                scores = torch.cat([scores, past[0]])
-                labels = torch.cat([labels, past[1]])
-                any_ignored = True
+        scores, labels, any_ignored = self._with_memory(step)
         if noise:
             classes = torch.arange(scores.size(1), device=labels.device)
             positive = labels.unsqueeze(1) == classes
             scores = apply_margin(scores, positive, margin, True, step.generator)
-            fixed_margin = 0.0
-
         results = detection_ap_loss(
             scores,
             labels,
             rankings,
-            margin=fixed_margin,
+            margin=0.0 if noise else margin,
             any_ignored=any_ignored,
             perturb=self.perturb,
         )
-        loss = scores.new_zeros(())
-        for term, mean in zip(self.terms, step.means(rankings, results)):
-            loss = loss + term.weight * mean
+        self._report(results, rows.any_positive)
+        means = step.means(rankings, results)
+        loss = sum(
+            (term.weight * mean for term, mean in zip(self.terms, means)),
+            scores.new_zeros(()),
+        )
         loss = self.loss_weight * self.factors['loss_weight'] * loss
         share = self.factors['auxiliary']
         # Stock heads do not call their loss without rows, and not every loss bears it.
         if self.auxiliary is not None and share and len(pred):
-            other = self.auxiliary(pred, target, weight, avg_factor=avg_factor)
-            loss = loss + share * other
-        if images is None:
-            self._refuse_levels(self._open_calls.add(loss, len(pred)), len(pred))
+            loss = loss + share * self._auxiliary(rows, target, weight, avg_factor)
         return loss
 
-    def _ranks_together(self) -> bool:
+    def _ranks_together(self, images: Optional[Images]) -> bool:
         """Return whether this call is one of all processes."""
-        if not self.training or self._deferred is not None:
-            return False
-        wanted = self._images is not None if self.gather is None else self.gather
-        return wanted and get_world_size() > 1
+        wanted = images is not None if self.gather is None else self.gather
+        return self.training and wanted and get_world_size() > 1
 
-    def _refuse_levels(self, before: Optional[int], rows: int) -> None:
-        """Raise if the preceding call, still without backward, had other rows."""
-        if before is None:
-            return
-        head = calling_head(self)
-        bound = f'RaMBO{head}' if head else "'RaMBO' + the name of the stock head"
-        if head and MODELS.get(bound) is None:
-            bound += ', which does not exist: see docs/detectors.md for what does'
-        raise RuntimeError(
-            f'RaMBOLoss: {head or "the head"} called the loss with {before} rows and, '
-            f'before backward, with {rows} rows: a call per pyramid level ranks each '
-            f'level on its own. Use the head that binds the loss, type={bound}. Calls '
-            'that belong to different images tell so with RaMBOLoss.images'
-        )
-
-    def _ranked_scores(self, pred: Tensor) -> Tensor:
+    def _scores(self, rows: Rows) -> Tensor:
         """Turn logits into what is ranked, float32 at least, (N, C)."""
-        pred = pred.float() if pred.dtype in (torch.float16, torch.bfloat16) else pred
+        if self.scores == 'logits':
+            return at_least_float32(rows.pred)
+        pred = at_least_float32(rows.harmless())
         if self.scores == 'sigmoid':
             return pred.sigmoid()
-        if self.scores == 'softmax':
-            return pred.softmax(dim=1)[:, :-1]
-        if self.scores == 'log_softmax':
-            return pred.log_softmax(dim=1)[:, :-1]
-        return pred
+        activation = pred.softmax if self.scores == 'softmax' else pred.log_softmax
+        return activation(dim=1)[:, :-1]
 
-    def _ranking(
-        self, term: Term, labels: Tensor, images: Optional[Tuple[Tensor, int]]
-    ) -> Ranking:
-        """Return what one term ranks; ``labels`` are those of this step's rows."""
+    def _ranking(self, term: Term, rows: Rows) -> Ranking:
+        """Return what one term ranks; rows of the memory come after these."""
         lambd = term.lambd * self.factors['lambd']
-        rows = None if term.span == 'memory' else len(labels)
+        count = len(rows.labels)
         if term.span == 'row':
-            index = torch.arange(len(labels), device=labels.device)
-            return Ranking(lambd, term.per_class, index, max(len(labels), 1), rows)
+            index = torch.arange(count, device=rows.labels.device)
+            return Ranking(lambd, term.per_class, index, max(count, 1), count)
         if term.span == 'image':
-            if images is not None:
-                return Ranking(lambd, term.per_class, *images, rows)
+            if rows.images is not None:
+                return Ranking(lambd, term.per_class, *rows.images, count)
             if not self._warned_about_images:
                 self._warned_about_images = True
                 warnings.warn(
@@ -472,7 +404,67 @@ class RaMBOLoss(nn.Module):
                     "'batch'",
                     stacklevel=3,
                 )
-        return Ranking(lambd, term.per_class, num_rows=rows)
+        return Ranking(
+            lambd, term.per_class, num_rows=None if term.span == 'memory' else count
+        )
+
+    def _with_memory(self, step: Step) -> Tuple[Tensor, Tensor, bool]:
+        """Add the rows of the memory to those of the step, which it then keeps."""
+        scores, labels, any_ignored = step[:3]
+        if not (self.training and self._fills_memory):
+            return scores, labels, any_ignored
+        past = self._memory.recall(scores)
+        self._memory.append(scores.detach(), labels.detach(), step.processes > 1)
+        if past is None:
+            return scores, labels, any_ignored
+        return torch.cat([scores, past[0]]), torch.cat([labels, past[1]]), True
+
+    def _report(
+        self, results: List[Tuple[Tensor, Tensor]], any_positive: Optional[bool]
+    ) -> None:
+        """Keep the AP of a ranking for the log; warn if there never is a positive."""
+        before, self._reported = self._reported, {}
+        if any_positive is False:
+            self._miss_positives()
+            return
+        if any_positive:
+            self._calls_without_positive = None
+        for term, (losses, present) in zip(self.terms, results):
+            count = present.sum()
+            value = 1 - losses.detach().sum() / count.clamp(min=1)
+            if any_positive is None:
+                last = before.get(term.name, value.new_full((), float('nan')))
+                value = torch.where(count > 0, value, last)
+            self._reported[term.name] = value
+
+    def _miss_positives(self) -> None:
+        """Count calls without a positive in a training that has had none so far."""
+        if not self.training or self._calls_without_positive is None:
+            return
+        self._calls_without_positive += 1
+        if self._calls_without_positive == PATIENCE:
+            warnings.warn(
+                f'RaMBOLoss: none of the first {PATIENCE} calls had a positive, so '
+                'that nothing was learned. Do metainfo.classes match the names in the '
+                "annotations, does num_classes match them, and do the assigner's "
+                'thresholds leave positives?',
+                stacklevel=4,
+            )
+
+    def _auxiliary(
+        self,
+        rows: Rows,
+        target: Any,
+        weight: Optional[Tensor],
+        avg_factor: Optional[float],
+    ) -> Tensor:
+        """Compute the auxiliary loss; its ignored rows are harmless background."""
+        assert self.auxiliary is not None
+        background = rows.pred.size(1) - self.has_background
+        labels: Any = rows.labels.masked_fill(rows.labels < 0, background)
+        if not isinstance(target, Tensor):
+            labels = (labels, target[1])
+        return self.auxiliary(rows.harmless(), labels, weight, avg_factor=avg_factor)
 
     # The score memory
 

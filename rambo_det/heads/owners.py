@@ -1,0 +1,90 @@
+"""Tells a loss which head holds it, so that no head trains it wrongly in silence.
+
+The loss can see its arguments alone: not that a stock head made a background column
+which it takes for a class, nor that it is called once per pyramid level.
+"""
+
+from typing import Any, Dict, Optional
+
+from mmdet.models.dense_heads import (
+    CenterNetUpdateHead,
+    DETRHead,
+    FCOSHead,
+    FoveaHead,
+    MaskFormerHead,
+    YOLOFHead,
+)
+from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
+from mmdet.registry import MODELS
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from ..losses import Owner, RaMBOLoss
+
+_PER_ANCHOR = 'it needs a loss for every single row, and a ranking has none'
+_SOFT = 'its targets are numbers in [0, 1] for every class, not labels to rank by'
+_UNUSED = 'it never calls its loss_cls'
+# Heads of mmdet that take a ``loss_cls`` and cannot use a ranking, and why.
+NOT_RANKABLE: Dict[str, str] = dict(
+    ATSSVLFusionHead='its columns are the tokens of a text, not classes',
+    AutoAssignHead=f'{_UNUSED}: anchors have no label, their weights are learned',
+    CenterNetUpdateHead=f'its loss is one of heat maps: {_SOFT}',
+    FSAFHead=f'{_PER_ANCHOR}: it chooses the pyramid level by it',
+    FreeAnchorRetinaHead=f'{_UNUSED}: its loss is the likelihood of bags of anchors',
+    GroundingDINOHead='its columns are the tokens of a text, not classes',
+    LADHead=f'{_PER_ANCHOR}: it chooses anchors by it',
+    MultiInstanceBBoxHead=f'{_PER_ANCHOR}: it matches sets of predictions by it',
+    PAAHead=f'{_PER_ANCHOR}: it chooses anchors by it',
+    PISARetinaHead=f'{_PER_ANCHOR}: it weights anchors by it',
+    TOODHead='its scores are products of probabilities, and two losses take turns',
+    VFNetHead=_SOFT,
+    YOLACTHead=f'{_PER_ANCHOR}: it chooses hard negatives by it',
+    YOLOV3Head=f'{_SOFT}, and an objectness tells objects from background',
+    YOLOXHead='it sees positives only; an objectness tells them from background',
+)
+# Dense heads that call their loss once for all levels; others call it once per level.
+_ONCE_PER_BATCH = (CenterNetUpdateHead, FCOSHead, FoveaHead, MaskFormerHead, YOLOFHead)
+
+
+def _refusal(head: nn.Module, loss: RaMBOLoss) -> Optional[str]:
+    """Return why calls of a head cannot be ranked that do not tell their images."""
+    name = type(head).__name__
+    if isinstance(head, DETRHead):
+        if loss.remembered is None:
+            return None
+        called = 'without telling images, and its decoder layers share one memory'
+    elif isinstance(head, BaseDenseHead) and not isinstance(head, _ONCE_PER_BATCH):
+        called = 'once per pyramid level, which ranks each level on its own'
+    else:
+        return None
+    bound = name if name.startswith('RaMBO') else f'RaMBO{name}'
+    missing = ''
+    if MODELS.get(bound) is None:
+        missing = (
+            ', which does not exist: see docs/detectors.md for what does, and for how '
+            'to bind another head'
+        )
+    return (
+        f'{name} called the loss {called}. Use the head that binds the loss, '
+        f'type={bound}{missing}. A head of your own gives images=...'
+    )
+
+
+def _introduce(head: nn.Module, name: str, loss: Optional[nn.Module]) -> None:
+    """Introduce a head to the loss that becomes part of it."""
+    if not isinstance(loss, RaMBOLoss):
+        return
+    kind = type(head).__name__
+    if kind in NOT_RANKABLE and type(head).__module__.startswith('mmdet.'):
+        raise ValueError(
+            f'{kind}: {name}={type(loss).__name__} cannot train this head: '
+            f'{NOT_RANKABLE[kind]}. Use another head (docs/detectors.md) or another '
+            'loss'
+        )
+    classes: Any = getattr(head, 'num_classes', None)
+    if isinstance(classes, int):
+        dense = isinstance(head, BaseDenseHead)
+        loss.introduce(Owner(kind, classes, dense, _refusal(head, loss)))
+
+
+register_module_module_registration_hook(_introduce)

@@ -1,0 +1,292 @@
+"""The rows of one call of RaMBOLoss, checked; messages name what came."""
+
+from typing import Any, NamedTuple, Optional, Sequence, Tuple, Union
+
+import torch
+from torch import Tensor
+
+IGNORED = -1
+
+Images = Union[Tensor, Tuple[Tensor, int]]
+
+
+class Rows(NamedTuple):
+    """What a call ranks.
+
+    Attributes:
+        pred: Logits (N, C), or (N, C + 1) with a background column.
+        labels: int64 labels (N,), ``IGNORED`` in rows of weight 0.
+        any_ignored: Whether a row may be ignored.
+        any_positive: Whether a row is foreground; ``None`` if nobody looked.
+        images: The image of each row, int64 (N,), and the number of images; ``None``
+            where the head does not tell.
+    """
+
+    pred: Tensor
+    labels: Tensor
+    any_ignored: bool
+    any_positive: Optional[bool]
+    images: Optional[Tuple[Tensor, int]]
+
+    def harmless(self, value: float = 0.0) -> Tensor:
+        """Return the logits with ``value`` in ignored rows.
+
+        Those may hold NaN or inf, which an activation hands on to the gradient.
+        """
+        if not self.any_ignored:
+            return self.pred
+        return self.pred.masked_fill((self.labels < 0).unsqueeze(1), value)
+
+
+class Owner(NamedTuple):
+    """What a loss knows of a head that holds it.
+
+    Attributes:
+        head: The name of its class.
+        num_classes: How many classes it has.
+        dense: Whether it is a dense head, which keeps all columns of the test scores.
+        refusal: Why its calls cannot be ranked unless they tell their images.
+    """
+
+    head: str
+    num_classes: int
+    dense: bool = False
+    refusal: Optional[str] = None
+
+
+def hard_labels(target: Any) -> Tensor:
+    """Return the labels of a target ``(labels, quality)``; a tensor as it is.
+
+    Raises:
+        TypeError: If the target is neither.
+    """
+    if isinstance(target, (tuple, list)) and len(target) == 2:
+        target = target[0]
+    if not isinstance(target, Tensor):
+        raise TypeError(
+            'RaMBOLoss: target must be a tensor of labels, or (labels, quality) as '
+            f'GFL and RTMDet give it, got {type(target).__name__}'
+        )
+    return target
+
+
+def check_rows(
+    pred: Tensor,
+    target: Any,
+    weight: Optional[Tensor],
+    images: Optional[Images],
+    objects: Optional[Tensor],
+    owners: Sequence[Owner],
+    has_background: bool,
+    count_images: bool,
+    look: bool,
+) -> Rows:
+    """Check what a head hands to the loss.
+
+    Args:
+        pred: Logits, expected of shape (N, C), or (N, C + 1) with a background column.
+        target: Labels of shape (N,), or ``(labels, quality)``.
+        weight: Weights of shape (N,), if any; 0 means ignore.
+        images: The image of each row (N,), alone or with the number of images.
+        objects: Labels of the ground truth (G,), if known.
+        owners: The heads that hold the loss.
+        has_background: Whether there is a background column.
+        count_images: Whether the number of images is needed.
+        look: Whether to look at values, with one device synchronisation.
+
+    Returns:
+        The rows.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a shape does not fit; with ``look`` also if a row that is not
+            ignored has NaN, before or after the softmax, or a label out of range, or if
+            an object's label or a row's image is out of range.
+        RuntimeError: If a head has to tell the images of its rows and does not.
+    """
+    labels = hard_labels(target)
+    index, num_images = images if isinstance(images, tuple) else (images, None)
+    _check_shapes(pred, labels, weight, index, has_background)
+    if images is None:
+        for owner in owners:
+            if owner.refusal is not None:
+                raise RuntimeError(f'RaMBOLoss: {owner.refusal}')
+    _check_columns(pred, owners, has_background)
+    labels = labels.long()
+    ignored = None if weight is None else weight == 0
+    any_ignored, any_positive = ignored is not None, None
+    if look:
+        num_classes = pred.size(1) - has_background
+        any_ignored, any_positive, last = _look(
+            pred, labels, ignored, index, num_images, objects, num_classes
+        )
+        num_images = last + 1 if num_images is None else num_images
+    if ignored is not None:
+        labels = labels.masked_fill(ignored, IGNORED)
+    if index is None:
+        return Rows(pred, labels, any_ignored, any_positive, None)
+    if num_images is None:
+        num_images = int(index.max()) + 1 if count_images and len(index) else 1
+    return Rows(
+        pred, labels, any_ignored, any_positive, (index.long(), max(num_images, 1))
+    )
+
+
+def check_reduction(reduction_override: Optional[str]) -> None:
+    """Raise unless the reduction is one that a ranking can have."""
+    if reduction_override not in (None, 'mean', 'sum'):
+        raise ValueError(
+            f'RaMBOLoss: reduction_override={reduction_override!r} is not '
+            "possible: a ranking has no loss per row. Use None, 'mean' or 'sum' "
+            '(the same here). OHEM samplers, PISA and PAA need a loss per row: use '
+            'another sampler, or another loss'
+        )
+
+
+def _check_shapes(
+    pred: Tensor,
+    labels: Tensor,
+    weight: Optional[Tensor],
+    index: Optional[Tensor],
+    has_background: bool,
+) -> None:
+    """Check shapes and types."""
+    if not isinstance(pred, Tensor):
+        raise TypeError(
+            f'RaMBOLoss: pred must be a tensor of logits, got {type(pred).__name__}'
+        )
+    if not pred.is_floating_point():
+        raise TypeError(f'RaMBOLoss: pred must be floating point, got {pred.dtype}')
+    if pred.dim() != 2 or pred.size(1) < 1 + has_background:
+        raise ValueError(
+            'RaMBOLoss: pred must have shape (N, C)'
+            + (' with C + 1 columns for softmax' if has_background else '')
+            + f', got {tuple(pred.shape)}'
+        )
+    for name, value in (('target', labels), ('images', index)):
+        if value is not None and (
+            not isinstance(value, Tensor)
+            or value.is_floating_point()
+            or value.dtype == torch.bool
+        ):
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            what = 'labels' if name == 'target' else 'numbers, the image of each row'
+            raise TypeError(f'RaMBOLoss: {name} must hold integer {what}, got {got}')
+    for name, value in (('target', labels), ('weight', weight), ('images', index)):
+        if value is not None and value.shape != pred.shape[:1]:
+            raise ValueError(
+                f'RaMBOLoss: {name} must have shape ({pred.size(0)},), one value '
+                f'per row of pred {tuple(pred.shape)}, got {tuple(value.shape)}'
+            )
+
+
+def _check_columns(pred: Tensor, owners: Sequence[Owner], has_background: bool) -> None:
+    """Raise if no head that holds the loss has as many columns."""
+    known = {owner.head: owner.num_classes for owner in owners}
+    columns = pred.size(1)
+    if not known or columns - has_background in known.values():
+        return
+    heads = ' and '.join(f'{head} has num_classes={n}' for head, n in known.items())
+    head = next(iter(known))
+    bound = head if head.startswith('RaMBO') else f'RaMBO{head}'
+    need = 'C + 1 columns, the last for the background' if has_background else 'C'
+    raise ValueError(
+        f'RaMBOLoss: pred has {columns} columns, but {heads}, and the loss expects '
+        f"{need}, one per class. Stock heads read the layout from the loss' config: "
+        + (
+            'add use_sigmoid=False to it'
+            if has_background
+            else 'without use_sigmoid=True there they make a background column, which '
+            "would be ranked as a class. Add it, or scores='softmax', "
+            'use_sigmoid=False for the column'
+        )
+        + f'; or use the head that binds the loss, type={bound}, where there is one '
+        '(docs/detectors.md)'
+    )
+
+
+def _look(
+    pred: Tensor,
+    labels: Tensor,
+    ignored: Optional[Tensor],
+    index: Optional[Tensor],
+    num_images: Optional[int],
+    objects: Optional[Tensor],
+    num_classes: int,
+) -> Tuple[bool, bool, int]:
+    """Look at the values, with one device synchronisation where all is well.
+
+    Returns:
+        Whether any row is ignored, whether any is foreground, and the last image.
+    """
+    pred = pred.detach()
+    softmax = pred.size(1) > num_classes
+    wrong = (labels < 0) | (labels > num_classes)
+    positive = labels < num_classes
+    if ignored is not None:
+        positive = positive & ~ignored
+    # The sum is NaN if an entry is; it may be for others' sake (inf - inf), so a
+    # closer look follows. One synchronisation for all answers. Infinite logits can be
+    # ranked, but a softmax turns them into NaN.
+    total = pred.sum(dtype=torch.float32)
+    none = labels.new_zeros(())
+    has_objects = objects is not None and objects.numel()
+    flags = [
+        ~total.isfinite() if softmax else total.isnan(),
+        wrong.any(),
+        none if ignored is None else ignored.any(),
+        positive.any(),
+        objects.max() if has_objects else none,  # type: ignore[union-attr]
+        index.max() if index is not None and len(index) else none,
+        index.min() if index is not None and len(index) else none,
+    ]
+    suspicious, bad, any_ignored, any_positive, largest, last, first = torch.stack(
+        [flag.long() for flag in flags]
+    ).tolist()
+    if has_objects and largest >= num_classes:
+        raise ValueError(
+            f'RaMBOLoss: an object of the batch has label {largest}, but the '
+            f'classifier has {num_classes} class{"es" * (num_classes > 1)} (labels '
+            f'0..{num_classes - 1}), so that it would be taken for background. Set '
+            'num_classes of the head to the number of classes in the data '
+            "(metainfo['classes']); NumClassCheckHook compares them before training"
+        )
+    if first < 0 or (num_images is not None and last >= max(num_images, 1)):
+        raise ValueError(
+            f'RaMBOLoss: images must hold the image of each row, 0..{num_images - 1}, '
+            f'got {first} to {last}'
+            if num_images is not None
+            else f'RaMBOLoss: images must hold numbers >= 0, got {first}'
+        )
+    if suspicious or bad:
+        _name_what_is_wrong(pred, labels, wrong, ignored, num_classes)
+    return bool(any_ignored), bool(any_positive), last
+
+
+def _name_what_is_wrong(
+    pred: Tensor,
+    labels: Tensor,
+    wrong: Tensor,
+    ignored: Optional[Tensor],
+    num_classes: int,
+) -> None:
+    """Raise if there is NaN or a bad label in a row that is not ignored."""
+    softmax = pred.size(1) > num_classes
+    infinite = softmax and not bool(pred.isnan().any())
+    nan = (pred.softmax(dim=1) if softmax else pred).isnan()
+    if ignored is not None:
+        nan, wrong = nan & ~ignored.unsqueeze(1), wrong & ~ignored
+    if bool(wrong.any()):
+        raise ValueError(
+            'RaMBOLoss: target must hold labels 0..C-1 (foreground) and C '
+            f'(background) with C = {num_classes} columns of pred, got '
+            f'{labels[wrong].unique().tolist()}; check num_classes of the head and '
+            'the classes of the data set'
+        )
+    if bool(nan.any()):
+        what = 'infinite logits, NaN after the softmax' if infinite else 'NaN'
+        raise ValueError(
+            f'RaMBOLoss: pred contains {what} ({int(nan.sum())} of {nan.numel()} '
+            'entries), which has no rank: training has diverged. Lower the '
+            'learning rate, clip gradients, or look for zero-area boxes in the data'
+        )
