@@ -171,6 +171,55 @@ def test_special_sequences(values, targets, loss, dtype):
     assert torch.isfinite(scores.grad).all()
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('perturb', sorted(ORACLES))
+@pytest.mark.parametrize('lambd', [1e-320, 1e-46, 1e-38, 1e38, 1e39, 1e300])
+def test_lambda_at_the_ends_of_floating_point(lambd, perturb, dtype):
+    """Nothing moves below the range of the type; above it, everything that can."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(3, 30, generator=generator).to(dtype)
+    targets = torch.arange(30).expand(3, 30) % 4 == 0
+    # Those that are infinite stay, whatever finite number is added.
+    scores[1, :5], scores[2, :5] = math.inf, -math.inf
+    scores.requires_grad_()
+    ap_loss(scores, targets, lambd=lambd, perturb=perturb).sum().backward()
+    assert torch.isfinite(scores.grad).all()
+    grad = scores.grad.clone()
+    if perturb == 'together':
+        # The jumps, at most the whole sequence, divided by λ.
+        assert grad.abs().max() <= 1 / max(lambd, torch.finfo(dtype).tiny)
+    elif lambd < 1:
+        assert not grad.any()
+    else:
+        scores.grad = None
+        ap_loss(scores, targets, lambd=math.inf, perturb=perturb).sum().backward()
+        assert torch.equal(grad[0], scores.grad[0])
+    for values in (scores[0].detach(), torch.zeros(30, dtype=dtype)):
+        leaf = values.clone().requires_grad_()
+        ranks = blackbox_rank(leaf, lambd)
+        ranks[targets[0]].sum().backward()
+        assert torch.isfinite(leaf.grad).all()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_a_million_positives_are_summed_exactly(dtype):
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.rand(1, 1_200_000, generator=generator) < 0.85
+    scores = targets + 2 * torch.randn(targets.shape, generator=generator, dtype=dtype)
+    negatives_first = targets[0].byte().argsort(stable=True)
+    order = scores[0][negatives_first].argsort(descending=True, stable=True)
+    sorted_targets = targets[0][negatives_first][order]
+    among = sorted_targets.cumsum(0)[sorted_targets].tolist()
+    overall = (sorted_targets.nonzero().squeeze(1) + 1).tolist()
+    assert len(among) > 1_000_000
+    exact = math.fsum(a / b for a, b in zip(among, overall)) / len(among)
+    # The result has the type of the scores, and so its rounding.
+    tolerance = 1e-9 if dtype == torch.float64 else 2**-24
+    assert abs(average_precision(scores, targets).item() - exact) <= tolerance
+    loss = ap_loss(scores, targets, lambd=math.inf, perturb='singly')
+    assert abs(loss.item() - (1 - exact)) <= tolerance
+
+
 def test_rows_without_positives_have_no_gradient():
     scores = torch.randn(3, 8, requires_grad=True)
     targets = torch.zeros(3, 8)

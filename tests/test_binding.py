@@ -33,10 +33,10 @@ class Head(RaMBOHeadMixin, StockHead):
     def loss_by_feat(self, levels, images, num_images=None, objects=None):
         if not self.ranks:
             return super().loss_by_feat(levels)
-        with self.recording(objects) as calls:
+        with self.recorded_calls(objects) as calls:
             losses = super().loss_by_feat(levels)
-        losses['loss_cls'] = self.rank(
-            calls, images.new_zeros(0).float(), images, num_images, objects
+        losses['loss_cls'] = self.rank_calls(
+            calls, torch.zeros(0, 3), images, num_images, objects
         )
         losses.update(self.loss_cls.get_accuracy())
         return losses
@@ -87,7 +87,7 @@ def test_recorded_calls_are_one_call(data):
 def test_a_recorded_call_is_a_zero_in_the_graph():
     bound = head()
     pred, target = rows(4)
-    with bound.recording() as calls:
+    with bound.recorded_calls() as calls:
         zero = bound.loss_cls(pred, target, avg_factor=2.0)
         assert bound.loss_cls.get_accuracy(pred, target) == {}
         assert bound.loss_cls.use_sigmoid and bound.loss_cls.custom_activation
@@ -101,7 +101,7 @@ def test_a_recorded_call_is_a_zero_in_the_graph():
 def test_a_head_is_as_before_after_any_exception(error):
     bound = head()
     loss_cls, modules = bound.loss_cls, dict(bound.named_modules())
-    with pytest.raises(error), bound.recording():
+    with pytest.raises(error), bound.recorded_calls():
         assert bound.loss_cls is not loss_cls and not bound.ranks
         raise error
     assert bound.loss_cls is loss_cls and bound.ranks
@@ -154,9 +154,11 @@ def test_a_label_beyond_the_classes_is_named_where_the_stock_head_trips_over_it(
     """DETR's matching cost looks it up among the columns."""
     bound = head()
     match = r'Head: the ground truth has label 3, but num_classes=3; set'
-    with pytest.raises(ValueError, match=match), bound.recording(torch.tensor([0, 3])):
+    with pytest.raises(ValueError, match=match), bound.recorded_calls(
+        torch.tensor([0, 3])
+    ):
         torch.zeros(3)[3]
-    with pytest.raises(IndexError), bound.recording(torch.tensor([0, 2])):
+    with pytest.raises(IndexError), bound.recorded_calls(torch.tensor([0, 2])):
         torch.zeros(3)[3]
 
 

@@ -101,6 +101,16 @@ def check_lambd(name: str, lambd: float, together: bool) -> None:
         check_positive(name, 'lambd', lambd)
 
 
+def representable(lambd: float, dtype: torch.dtype) -> float:
+    """Return λ within the range of a type, beyond which it would become 0 or inf.
+
+    A λ below it moves no score, and one above it moves each to the top, as those at the
+    ends do; an infinite λ stays so.
+    """
+    info = torch.finfo(dtype)
+    return lambd if lambd == float('inf') else min(max(lambd, info.tiny), info.max)
+
+
 def check_margin(name: str, margin: float) -> None:
     """Raise unless ``margin`` is a finite number that is not negative."""
     if isinstance(margin, Tensor) or not 0 <= margin < float('inf'):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .checks import representable
 from .sequences import Ranking, View, true_indices
 
 
@@ -216,8 +217,11 @@ class _Solver:
         return rank.add_(placed.among)
 
     def mean_precision(self, among: Tensor, overall: Tensor) -> Tensor:
-        """Mean of ``rk+ / rk`` over the positives, (S,); NaN without positives."""
-        precision = among.to(self.flat.dtype) / overall.to(self.flat.dtype)
+        """Mean of ``rk+ / rk`` over the positives, (S,); NaN without positives.
+
+        It is float64: a sum of a million terms in float32 is wrong in the fourth digit.
+        """
+        precision = among.double() / overall.double()
         total = precision.new_zeros(self.num_sequences)
         return total.index_add_(0, self.ids, precision) / self.counts
 
@@ -277,9 +281,12 @@ class _Solver:
 
     def lambd_of_sequences(self) -> Tensor:
         """Return λ of each sequence, (S,)."""
+        dtype = self.flat.dtype
         return torch.cat(
             [
-                self.flat.new_full((view.num_sequences,), view.ranking.lambd)
+                self.flat.new_full(
+                    (view.num_sequences,), representable(view.ranking.lambd, dtype)
+                )
                 for view in self.views
             ]
         )
@@ -313,6 +320,7 @@ class _Solver:
         rank = overall.to(dtype)
         rise = steps * before.among.to(dtype)
         rise /= self.counts.to(dtype).index_select(0, self.ids) * rank * rank
+        rise.clamp_(max=torch.finfo(dtype).max)  # -inf + inf has no rank
         after = self.place(self.scores + rise)
         near, gap_before, gap_after, now = self.gaps_after(
             negatives, before, gap, after
@@ -381,7 +389,8 @@ class _SequenceAPLoss(torch.autograd.Function):
         if gradient is not None:
             ctx.save_for_backward(solver.positives, solver.ids, *gradient)
         ctx.shape = scores.shape
-        return torch.where(solver.counts > 0, 1 - average_precision, 0.0)
+        loss = torch.where(solver.counts > 0, 1 - average_precision, 0.0)
+        return loss.to(scores.dtype)
 
     @staticmethod
     @once_differentiable
@@ -435,7 +444,8 @@ def sequence_average_precision(
     scores: Tensor, positives: Tensor, exists: Optional[Tensor], ranking: Ranking
 ) -> Tensor:
     """Exact AP of each sequence of a ranking, (S,); NaN without positives."""
-    return _solver(scores, positives, exists, [ranking], 0.0).solve(False)[0]
+    solver = _solver(scores, positives, exists, [ranking], 0.0)
+    return solver.solve(False)[0].to(scores.dtype)
 
 
 def _solver(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import at_least_float32, check_positive, check_scores
+from .checks import at_least_float32, check_positive, check_scores, representable
 
 
 def _rank(scores: Tensor, dim: int) -> Tensor:
@@ -103,4 +103,5 @@ def blackbox_rank(
     check_scores('blackbox_rank', scores, check_nan)
     check_positive('blackbox_rank', 'lambd', lambd)
     dim = dim if dim >= 0 else dim + scores.dim()
-    return _BlackboxRank.apply(at_least_float32(scores), float(lambd), dim)
+    scores = at_least_float32(scores)
+    return _BlackboxRank.apply(scores, representable(lambd, scores.dtype), dim)

@@ -38,7 +38,7 @@ class RaMBOBBoxHeadMixin(RaMBOHeadMixin):
         args = (cls_score, bbox_pred, rois, sampling_results, *args)
         if not self.ranks or cls_score is None:
             return compute(*args, **kw)
-        with self.recording() as calls:
+        with self.recorded_calls() as calls:
             result = compute(*args, **kw)
         objects = torch.cat([r.pos_gt_labels for r in sampling_results])
         self._rank_proposals(
@@ -62,7 +62,7 @@ class RaMBOBBoxHeadMixin(RaMBOHeadMixin):
         compute = super().loss  # type: ignore[misc]
         if not self.ranks or cls_score is None:
             return compute(cls_score, bbox_pred, rois, *args, **kw)
-        with self.recording() as calls:
+        with self.recorded_calls() as calls:
             losses = compute(cls_score, bbox_pred, rois, *args, **kw)
         self._rank_proposals(losses, calls, cls_score, rois)
         return losses
@@ -80,7 +80,7 @@ class RaMBOBBoxHeadMixin(RaMBOHeadMixin):
 
         Who calls ``loss`` directly does not tell the number of images.
         """
-        losses['loss_cls'] = self.rank(
+        losses['loss_cls'] = self.rank_calls(
             calls, cls_score, rois[:, 0].long(), num_images, objects
         )
         losses.update(self.loss_cls.get_accuracy())
@@ -163,7 +163,7 @@ class RaMBODIIHead(RaMBOHeadMixin, DIIHead):
         args = (cls_score, bbox_pred, sampling_results, *args)
         if not self.ranks:
             return compute(*args, **kw)
-        with self.recording() as calls:
+        with self.recorded_calls() as calls:
             result = compute(*args, **kw)
         # The number of proposals of each image is known without asking the device.
         index = torch.cat(
@@ -174,7 +174,7 @@ class RaMBODIIHead(RaMBOHeadMixin, DIIHead):
         )
         objects = torch.cat([r.pos_gt_labels for r in sampling_results])
         losses = result['loss_bbox']
-        losses['loss_cls'] = self.rank(
+        losses['loss_cls'] = self.rank_calls(
             calls, cls_score, index, len(sampling_results), objects
         )
         losses.update(self.loss_cls.get_accuracy())

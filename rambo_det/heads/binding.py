@@ -61,9 +61,9 @@ class RaMBOHeadMixin:
 
     Put it before a head of mmdet, and wrap the method that calls ``loss_cls``::
 
-        with self.recording() as calls:
+        with self.recorded_calls() as calls:
             losses = super().loss_by_feat(cls_scores, ...)
-        losses['loss_cls'] = self.rank(calls, cls_scores, images, num_images)
+        losses['loss_cls'] = self.rank_calls(calls, cls_scores, images, num_images)
         losses.update(self.loss_cls.get_accuracy())
 
     where ``self.ranks``; with another loss the head works as the stock head does. What
@@ -73,7 +73,7 @@ class RaMBOHeadMixin:
     # Whether the stock head can have a background column.
     background: ClassVar[bool] = True
     # Whether it can have a memory, and which one if the config does not say.
-    memory: ClassVar[bool] = True
+    takes_memory: ClassVar[bool] = True
     default_memory: ClassVar[Optional[int]] = None
     # Whether it tells the loss what a mean over the rows divides by.
     auxiliary: ClassVar[bool] = True
@@ -123,7 +123,7 @@ class RaMBOHeadMixin:
                 f'{name}: loss_cls has scores={result["scores"]!r}, which needs a '
                 "background column, and this head has none; use 'logits' or 'sigmoid'"
             )
-        if result.get('memory') and not self.memory:
+        if result.get('memory') and not self.takes_memory:
             raise ValueError(
                 f'{name}: loss_cls has memory={result["memory"]!r}, but decoder '
                 'layers, encoder and denoising queries share this loss and their '
@@ -139,7 +139,7 @@ class RaMBOHeadMixin:
         return result
 
     @contextmanager
-    def recording(self, objects: Optional[Tensor] = None) -> Iterator[List[Call]]:
+    def recorded_calls(self, objects: Optional[Tensor] = None) -> Iterator[List[Call]]:
         """Let a recorder stand in for the loss while the stock head computes.
 
         Afterwards, also after an exception, the head is as it was.
@@ -167,7 +167,7 @@ class RaMBOHeadMixin:
         finally:
             del self.__dict__['loss_cls']
 
-    def rank(
+    def rank_calls(
         self,
         calls: List[Call],
         logits: Tensor,
@@ -181,9 +181,9 @@ class RaMBOHeadMixin:
         for this one, and ``DistributedDataParallel`` for the classifier's gradient.
 
         Args:
-            calls (list[Call]): What :meth:`recording` recorded.
-            logits (Tensor): Some output of the classifier; stands in for rows where
-                there are none.
+            calls (list[Call]): What :meth:`recorded_calls` recorded.
+            logits (Tensor): Some output of the classifier, its columns in the last
+                dimension; stands in for rows where there are none.
             images (Tensor): The image of each row of all calls, (N,).
             num_images (int, optional): Number of images; without it, the device is
                 asked for it where a term ranks each image on its own.
@@ -193,10 +193,8 @@ class RaMBOHeadMixin:
             Tensor: The loss, a scalar.
         """
         if not calls:
-            columns = self.loss_cls.get_cls_channels(self.num_classes)
-            nothing = logits.reshape(-1)[:0].view(0, columns)
-            calls = [Call(nothing, images.new_zeros(0))]
-            images = images[:0]
+            nothing = logits.reshape(-1, logits.size(-1))[:0]
+            calls, images = [Call(nothing, images.new_zeros(0))], images[:0]
         pred, target, weight, avg_factor, reduction = merge_calls(calls)
         return self.loss_cls(
             pred,

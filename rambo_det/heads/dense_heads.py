@@ -55,13 +55,14 @@ class RaMBODenseHeadMixin(RaMBOHeadMixin):
         if not self.ranks:
             return compute(cls_scores, *args, **kwargs)
         objects = object_labels([*args, *kwargs.values()])
-        with self.recording(objects) as calls:
+        with self.recorded_calls(objects) as calls:
             losses = compute(cls_scores, *args, **kwargs)
         if losses is None:  # no anchor is in an image, at which mmdet stops
             return None
         index = self._images_of_rows(cls_scores, sum(len(c.pred) for c in calls))
-        losses[f'loss_{self.prefix}cls'] = self.rank(
-            calls, cls_scores[0], index, len(cls_scores[0]), objects
+        logits = cls_scores[0].flatten().view(-1, self.cls_out_channels)
+        losses[f'loss_{self.prefix}cls'] = self.rank_calls(
+            calls, logits, index, len(cls_scores[0]), objects
         )
         for key, value in self.loss_cls.get_accuracy().items():
             losses[self.prefix + key] = value

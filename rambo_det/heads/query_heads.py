@@ -29,7 +29,7 @@ class RaMBOQueryHeadMixin(RaMBOHeadMixin):
     """
 
     background = False
-    memory = False
+    takes_memory = False
     default_memory = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -73,11 +73,11 @@ class RaMBOQueryHeadMixin(RaMBOHeadMixin):
         if not self.ranks:
             return compute(cls_scores, *args, **kwargs)
         objects = object_labels([*args, *kwargs.values()])
-        with self.recording(objects) as calls:
+        with self.recorded_calls(objects) as calls:
             _, *others = compute(cls_scores, *args, **kwargs)
         num_images, num_queries, _ = cls_scores.shape
         index = image_major(num_images, num_queries, cls_scores.device)
-        loss = self.rank(calls, cls_scores, index, num_images, objects)
+        loss = self.rank_calls(calls, cls_scores, index, num_images, objects)
         self._reports.append(self.loss_cls.get_accuracy())
         return (loss, *others)
 
