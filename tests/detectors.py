@@ -28,6 +28,8 @@ DENSE = dict(
 )
 QUERY = dict(
     DETRHead='detr_r50_rambo_8xb2-150e_voc0712-cocofmt',
+    ConditionalDETRHead='conditional-detr_r50_rambo_8xb2-50e_voc0712-cocofmt',
+    DABDETRHead='dab-detr_r50_rambo_8xb2-50e_voc0712-cocofmt',
     DeformableDETRHead='deformable-detr_r50_rambo_16xb2-50e_voc0712-cocofmt',
     DINOHead='dino-4scale_r50_rambo_8xb2-12e_voc0712-cocofmt',
 )

@@ -8,7 +8,7 @@ from detectors import CLASSES, QUERY, batch, build, record_calls, truth
 
 from rambo_det.functional import Ranking, detection_ap_loss
 
-PARTS = dict(DETRHead=2, DeformableDETRHead=2, DINOHead=2 + 1 + 2)
+PARTS = dict(dict.fromkeys(QUERY, 2), DINOHead=2 + 1 + 2)
 
 
 @pytest.mark.parametrize('name', QUERY)
@@ -130,7 +130,7 @@ def test_background_column_only_in_detr():
     assert model.bbox_head.cls_out_channels == CLASSES + 1
     data = batch(model)
     assert torch.isfinite(model.loss(data['inputs'], data['data_samples'])['loss_cls'])
-    for name in ('DeformableDETRHead', 'DINOHead'):
+    for name in set(QUERY) - {'DETRHead'}:
         with pytest.raises(ValueError, match=f'RaMBO{name}: .*background column'):
             build(QUERY[name], change)
 

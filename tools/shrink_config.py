@@ -204,10 +204,12 @@ def shrink(cfg: Config, data: Path, steps: int, lr: float) -> Config:
     cfg = cfg.copy()
     model = cfg.model
     _shrink_stages(model)
-    if 'decoder' in model and 'dn_cfg' not in model:
+    # These encode the reference points of their decoder in 256 numbers, whatever the
+    # config says.
+    encoded = 'dn_cfg' in model or model.type == 'ConditionalDETR'
+    keep = _ENCODED if encoded else ()
+    if 'decoder' in model and not encoded:
         model.bbox_head.setdefault('embed_dims', WIDTH)
-    # DINO encodes the reference points of its decoder in 256 numbers, whatever it says.
-    keep = _ENCODED if 'dn_cfg' in model else ()
     _walk(model, lambda part: _shrink_part(part, keep))
     _shrink_backbone(model)
     _shrink_pyramid(model)

@@ -90,11 +90,8 @@ class _Gradient(NamedTuple):
 def _order_keys(ids: Tensor, scores: Tensor, reference: Optional[Tensor]) -> Tensor:
     """Integers that put entries in order: by sequence, then score descending.
 
-    Args:
-        ids: Sequence of each entry.
-        scores: Their scores.
-        reference: Negated scores of all positives, ascending. ``None`` for float32,
-            which fits beside the sequence in one integer.
+    A float32 score fits beside its sequence; for others ``reference`` has the negated
+    scores of all positives, ascending.
     """
     keys = -scores
     if reference is not None:
@@ -201,11 +198,7 @@ class _Solver:
     ) -> Tensor:
         """Return the rank of each positive among all entries of its sequence.
 
-        Args:
-            placed: The positives.
-            histogram: (cells,) number of negatives.
-            gap: (s,) gaps of the negatives that were searched for.
-            searched: (cells,) whether the negatives of a cell were.
+        Where the negatives of a cell were ``searched`` for, their gaps are in ``gap``.
         """
         up_to = (histogram * ~searched).cumsum(0)
         rank = up_to.index_select(0, self.last_cells)
@@ -258,12 +251,6 @@ class _Solver:
     ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
         """Find where negatives stand among the positives before and after a move.
 
-        Args:
-            negatives: The negatives.
-            before: The positives before.
-            gap: Gaps of the negatives that were searched for in ``before``.
-            after: The positives after.
-
         Returns:
             The numbers (s,) of the negatives that share a cell with a positive, before
             or after; their gaps (s,) before and after; and the new rank of each
@@ -301,12 +288,8 @@ class _Solver:
     ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
         """Algorithm 1 on the ranking of a sequence: all positives move at once.
 
-        Args:
-            negatives: The negatives.
-            before: The positives.
-            near: Numbers of the negatives that were searched for.
-            gap: Their gaps.
-            overall: Rank of each positive.
+        ``near`` are the negatives that were searched for, ``gap`` their gaps, and
+        ``overall`` the ranks of the positives.
 
         Returns:
             ``rewards``, ``values``, ``near`` and ``near_values`` of the gradient.
@@ -418,10 +401,6 @@ def sequence_ap_loss(
 ) -> List[Tuple[Tensor, Tensor]]:
     """``1 - AP`` of each sequence of each ranking, with the blackbox gradient.
 
-    Algorithm 1 runs with unit incoming gradient on each sequence; the result is
-    multiplied by the incoming gradient in the backward pass. A sequence without
-    positives has loss 0 and zero gradient.
-
     Args:
         scores: (N, C) tensor, float32 or float64.
         positives: (P,) flat indices of the positives, ascending.
@@ -429,8 +408,7 @@ def sequence_ap_loss(
             ``None`` means that all exist. Positives must exist.
         rankings: What is ranked.
         margin: Positives are lowered and negatives raised by half of it.
-        together: Whether all positives of a sequence are perturbed at once, or each on
-            its own.
+        together: Whether all positives of a sequence are perturbed at once.
 
     Returns:
         For each ranking the losses (S,), and (S,) True where there is a positive.

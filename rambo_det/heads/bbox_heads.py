@@ -14,7 +14,16 @@ from mmdet.registry import MODELS
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from .binding import Call, RaMBOHeadMixin
+from .binding import Call, RaMBOHeadMixin, bind
+
+__all__ = [
+    'RaMBOBBoxHeadMixin',
+    'RaMBOConvFCBBoxHead',
+    'RaMBODIIHead',
+    'RaMBODoubleConvFCBBoxHead',
+    'RaMBOShared2FCBBoxHead',
+    'RaMBOShared4Conv1FCBBoxHead',
+]
 
 
 class RaMBOBBoxHeadMixin(RaMBOHeadMixin):
@@ -105,19 +114,9 @@ class RaMBOBBoxHeadMixin(RaMBOHeadMixin):
         return results
 
 
-@MODELS.register_module()
-class RaMBOConvFCBBoxHead(RaMBOBBoxHeadMixin, ConvFCBBoxHead):
-    """mmdet's ``ConvFCBBoxHead`` for :class:`~rambo_det.losses.RaMBOLoss`."""
-
-
-@MODELS.register_module()
-class RaMBOShared2FCBBoxHead(RaMBOBBoxHeadMixin, Shared2FCBBoxHead):
-    """mmdet's ``Shared2FCBBoxHead`` for :class:`~rambo_det.losses.RaMBOLoss`."""
-
-
-@MODELS.register_module()
-class RaMBOShared4Conv1FCBBoxHead(RaMBOBBoxHeadMixin, Shared4Conv1FCBBoxHead):
-    """mmdet's ``Shared4Conv1FCBBoxHead`` for :class:`~rambo_det.losses.RaMBOLoss`."""
+RaMBOConvFCBBoxHead = bind(RaMBOBBoxHeadMixin, ConvFCBBoxHead)
+RaMBOShared2FCBBoxHead = bind(RaMBOBBoxHeadMixin, Shared2FCBBoxHead)
+RaMBOShared4Conv1FCBBoxHead = bind(RaMBOBBoxHeadMixin, Shared4Conv1FCBBoxHead)
 
 
 @MODELS.register_module()

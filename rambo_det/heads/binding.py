@@ -207,6 +207,22 @@ class RaMBOHeadMixin:
         )
 
 
+def bind(mixin: type, stock: type, **attributes: Any) -> Any:
+    """Make the head of mmdet that ranks, and register it as RaMBO + its name.
+
+    Args:
+        mixin: How the head calls its loss.
+        stock: The head of mmdet.
+        **attributes: In what it differs, see :class:`RaMBOHeadMixin`.
+    """
+    name = f'RaMBO{stock.__name__}'
+    attributes['__module__'] = mixin.__module__
+    attributes['__doc__'] = (
+        f"mmdet's ``{stock.__name__}`` for :class:`~rambo_det.losses.RaMBOLoss`."
+    )
+    return MODELS.register_module(module=type(name, (mixin, stock), attributes))
+
+
 def merge_calls(calls: List[Call]) -> Call:
     """Return one call with the rows of all, in their order, and with hard labels."""
     pred, target, weight, avg_factor, reduction = zip(*calls)

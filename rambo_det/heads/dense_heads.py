@@ -15,10 +15,23 @@ from mmdet.models.dense_heads import (
     RTMDetSepBNHead,
     YOLOFHead,
 )
-from mmdet.registry import MODELS
 from torch import Tensor
 
-from .binding import RaMBOHeadMixin, image_major, object_labels
+from .binding import RaMBOHeadMixin, bind, image_major, object_labels
+
+__all__ = [
+    'RaMBOATSSHead',
+    'RaMBODDODHead',
+    'RaMBODenseHeadMixin',
+    'RaMBOFCOSHead',
+    'RaMBOGFLHead',
+    'RaMBONASFCOSHead',
+    'RaMBORPNHead',
+    'RaMBORTMDetHead',
+    'RaMBORTMDetSepBNHead',
+    'RaMBORetinaHead',
+    'RaMBOYOLOFHead',
+]
 
 
 class RaMBODenseHeadMixin(RaMBOHeadMixin):
@@ -88,82 +101,17 @@ class RaMBODenseHeadMixin(RaMBOHeadMixin):
         )
 
 
-@MODELS.register_module()
-class RaMBORPNHead(RaMBODenseHeadMixin, RPNHead):
-    """mmdet's ``RPNHead`` for :class:`~rambo_det.losses.RaMBOLoss`."""
-
-    background = True
-    prefix = 'rpn_'
-
-
-@MODELS.register_module()
-class RaMBORetinaHead(RaMBODenseHeadMixin, RetinaHead):
-    """mmdet's ``RetinaHead`` for :class:`~rambo_det.losses.RaMBOLoss`."""
-
-    background = True
-
-
-@MODELS.register_module()
-class RaMBOATSSHead(RaMBODenseHeadMixin, ATSSHead):
-    """mmdet's ``ATSSHead`` for :class:`~rambo_det.losses.RaMBOLoss`."""
-
-    background = True
-
-
-@MODELS.register_module()
-class RaMBODDODHead(RaMBODenseHeadMixin, DDODHead):
-    """mmdet's ``DDODHead`` for :class:`~rambo_det.losses.RaMBOLoss`.
-
-    The stock head weights the classification loss of each level by its number of
-    positives; a ranking of all levels has no such weights.
-    """
-
-
-@MODELS.register_module()
-class RaMBOFCOSHead(RaMBODenseHeadMixin, FCOSHead):
-    """mmdet's ``FCOSHead`` for :class:`~rambo_det.losses.RaMBOLoss`."""
-
-    background = True
-
-
-@MODELS.register_module()
-class RaMBONASFCOSHead(RaMBODenseHeadMixin, NASFCOSHead):
-    """mmdet's ``NASFCOSHead`` for :class:`~rambo_det.losses.RaMBOLoss`."""
-
-    background = True
-
-
-@MODELS.register_module()
-class RaMBOYOLOFHead(RaMBODenseHeadMixin, YOLOFHead):
-    """mmdet's ``YOLOFHead`` for :class:`~rambo_det.losses.RaMBOLoss`.
-
-    What is ranked is the class score with the implicit objectness in it.
-    """
-
-
-@MODELS.register_module()
-class RaMBOGFLHead(RaMBODenseHeadMixin, GFLHead):
-    """mmdet's ``GFLHead`` for :class:`~rambo_det.losses.RaMBOLoss`.
-
-    The label is ranked; the localisation quality that goes with it is not used.
-    """
-
-
-@MODELS.register_module()
-class RaMBORTMDetHead(RaMBODenseHeadMixin, RTMDetHead):
-    """mmdet's ``RTMDetHead`` for :class:`~rambo_det.losses.RaMBOLoss`.
-
-    The label is ranked; the quality that goes with it is not used.
-    """
-
-    auxiliary = False
-
-
-@MODELS.register_module()
-class RaMBORTMDetSepBNHead(RaMBODenseHeadMixin, RTMDetSepBNHead):
-    """mmdet's ``RTMDetSepBNHead`` for :class:`~rambo_det.losses.RaMBOLoss`.
-
-    The label is ranked; the quality that goes with it is not used.
-    """
-
-    auxiliary = False
+RaMBORPNHead = bind(RaMBODenseHeadMixin, RPNHead, background=True, prefix='rpn_')
+RaMBORetinaHead = bind(RaMBODenseHeadMixin, RetinaHead, background=True)
+RaMBOATSSHead = bind(RaMBODenseHeadMixin, ATSSHead, background=True)
+RaMBOFCOSHead = bind(RaMBODenseHeadMixin, FCOSHead, background=True)
+RaMBONASFCOSHead = bind(RaMBODenseHeadMixin, NASFCOSHead, background=True)
+# The stock head weights each level's loss by its number of positives; a ranking of all
+# levels has no such weights.
+RaMBODDODHead = bind(RaMBODenseHeadMixin, DDODHead)
+# What is ranked is the class score with the implicit objectness in it.
+RaMBOYOLOFHead = bind(RaMBODenseHeadMixin, YOLOFHead)
+# The label is ranked; the localisation quality that comes with it is not used.
+RaMBOGFLHead = bind(RaMBODenseHeadMixin, GFLHead)
+RaMBORTMDetHead = bind(RaMBODenseHeadMixin, RTMDetHead, auxiliary=False)
+RaMBORTMDetSepBNHead = bind(RaMBODenseHeadMixin, RTMDetSepBNHead, auxiliary=False)

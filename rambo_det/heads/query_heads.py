@@ -9,10 +9,18 @@ from mmdet.models.dense_heads import (
     DETRHead,
     DINOHead,
 )
-from mmdet.registry import MODELS
 from torch import Tensor
 
-from .binding import RaMBOHeadMixin, image_major, object_labels
+from .binding import RaMBOHeadMixin, bind, image_major, object_labels
+
+__all__ = [
+    'RaMBOConditionalDETRHead',
+    'RaMBODABDETRHead',
+    'RaMBODETRHead',
+    'RaMBODINOHead',
+    'RaMBODeformableDETRHead',
+    'RaMBOQueryHeadMixin',
+]
 
 
 class RaMBOQueryHeadMixin(RaMBOHeadMixin):
@@ -82,28 +90,8 @@ class RaMBOQueryHeadMixin(RaMBOHeadMixin):
         return (loss, *others)
 
 
-@MODELS.register_module()
-class RaMBODETRHead(RaMBOQueryHeadMixin, DETRHead):
-    """mmdet's ``DETRHead`` for :class:`~rambo_det.losses.RaMBOLoss`."""
-
-    background = True
-
-
-@MODELS.register_module()
-class RaMBOConditionalDETRHead(RaMBOQueryHeadMixin, ConditionalDETRHead):
-    """mmdet's ``ConditionalDETRHead`` for :class:`~rambo_det.losses.RaMBOLoss`."""
-
-
-@MODELS.register_module()
-class RaMBODABDETRHead(RaMBOQueryHeadMixin, DABDETRHead):
-    """mmdet's ``DABDETRHead`` for :class:`~rambo_det.losses.RaMBOLoss`."""
-
-
-@MODELS.register_module()
-class RaMBODeformableDETRHead(RaMBOQueryHeadMixin, DeformableDETRHead):
-    """mmdet's ``DeformableDETRHead`` for :class:`~rambo_det.losses.RaMBOLoss`."""
-
-
-@MODELS.register_module()
-class RaMBODINOHead(RaMBOQueryHeadMixin, DINOHead):
-    """mmdet's ``DINOHead`` for :class:`~rambo_det.losses.RaMBOLoss`."""
+RaMBODETRHead = bind(RaMBOQueryHeadMixin, DETRHead, background=True)
+RaMBOConditionalDETRHead = bind(RaMBOQueryHeadMixin, ConditionalDETRHead)
+RaMBODABDETRHead = bind(RaMBOQueryHeadMixin, DABDETRHead)
+RaMBODeformableDETRHead = bind(RaMBOQueryHeadMixin, DeformableDETRHead)
+RaMBODINOHead = bind(RaMBOQueryHeadMixin, DINOHead)

@@ -55,11 +55,7 @@ class Owner(NamedTuple):
 
 
 def hard_labels(target: Any) -> Tensor:
-    """Return the labels of a target ``(labels, quality)``; a tensor as it is.
-
-    Raises:
-        TypeError: If the target is neither.
-    """
+    """Return the labels of a target ``(labels, quality)``; a tensor as it is."""
     if isinstance(target, (tuple, list)) and len(target) == 2:
         target = target[0]
     if not isinstance(target, Tensor):
@@ -81,27 +77,14 @@ def check_rows(
     count_images: bool,
     look: bool,
 ) -> Rows:
-    """Check what a head hands to the loss.
+    """Check what a head hands to the loss; see ``RaMBOLoss.forward`` for arguments.
 
-    Args:
-        pred: Logits, expected of shape (N, C), or (N, C + 1) with a background column.
-        target: Labels of shape (N,), or ``(labels, quality)``.
-        weight: Weights of shape (N,), if any; 0 means ignore.
-        images: The image of each row (N,), alone or with the number of images.
-        objects: Labels of the ground truth (G,), if known.
-        owners: The heads that hold the loss.
-        has_background: Whether there is a background column.
-        count_images: Whether the number of images is needed.
-        look: Whether to look at values, with one device synchronisation.
-
-    Returns:
-        The rows.
+    Values are only looked at with ``look``, and the number of images only counted with
+    ``count_images``, as both may wait for the device, once together.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If a shape does not fit; with ``look`` also if a row that is not
-            ignored has NaN, before or after the softmax, or a label out of range, or if
-            an object's label or a row's image is out of range.
+        ValueError: If shapes or values do not fit.
         RuntimeError: If a head has to tell the images of its rows and does not.
     """
     labels = hard_labels(target)
@@ -214,10 +197,9 @@ def _look(
     objects: Optional[Tensor],
     num_classes: int,
 ) -> Tuple[bool, bool, int]:
-    """Look at the values, with one device synchronisation where all is well.
+    """Return whether any row is ignored or foreground, and the last image.
 
-    Returns:
-        Whether any row is ignored, whether any is foreground, and the last image.
+    All answers are read with one device synchronisation, if all is well.
     """
     pred = pred.detach()
     softmax = pred.size(1) > num_classes
@@ -226,8 +208,7 @@ def _look(
     if ignored is not None:
         positive = positive & ~ignored
     # The sum is NaN if an entry is; it may be for others' sake (inf - inf), so a
-    # closer look follows. One synchronisation for all answers. Infinite logits can be
-    # ranked, but a softmax turns them into NaN.
+    # closer look follows. Infinite logits can be ranked, but a softmax makes them NaN.
     total = pred.sum(dtype=torch.float32)
     none = labels.new_zeros(())
     has_objects = objects is not None and objects.numel()
