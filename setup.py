@@ -37,7 +37,7 @@ setup(
     zip_safe=False,
     # mmdet is an extra: the maintained fork installs the same import packages, and
     # requiring mmdet here would overwrite the fork's files.
-    install_requires=['torch>=1.13'],
+    install_requires=['torch>=2.1'],
     extras_require={
         'mmdet': ['mmdet>=3.3.0', 'mmcv>=2.0.0', 'mmengine>=0.10.0', 'pycocotools'],
         'onedl': [

@@ -6,6 +6,7 @@ import warnings
 import detectors
 import pytest
 import torch
+import toy_training
 from detectors import batch, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -196,6 +197,45 @@ def test_a_training_without_positives_says_so_once():
         step(other, True)
         for _ in range(2 * PATIENCE):
             step(other, False)
+
+
+# Schedules that meet, or act on nothing
+
+
+def schedule(param, **changes):
+    return {**dict(type='RaMBOScheduleHook', param=param, start=0.5), **changes}
+
+
+@pytest.mark.parametrize(
+    'hooks, loss, match',
+    [
+        (
+            [schedule('margin'), schedule('margin', start=2.0, begin=1)],
+            {},
+            'two hooks change margin, and only the last one would count',
+        ),
+        ([schedule('auxiliary')], dict(auxiliary=None), 'has auxiliary=None, which no'),
+        ([schedule('margin')], dict(margin=0.0), 'has margin=0.0, which no factor'),
+        ([schedule('loss_weight')], dict(loss_weight=0.0), 'has loss_weight=0.0'),
+        ([schedule('lambd')], dict(lambd='infinite'), 'lambd is infinite'),
+    ],
+)
+def test_a_schedule_that_would_do_nothing_is_an_error(hooks, loss, match, tmp_path):
+    runner, model = toy_training.train(
+        toy_training.rambo_loss(**loss), hooks, tmp_path, epochs=1
+    )
+    with pytest.raises(ValueError, match=match):
+        runner.train()
+    assert model.seen == []  # before the first step
+
+
+def test_schedules_of_several_settings_go_together(tmp_path):
+    hooks = [schedule('margin'), schedule('loss_weight')]
+    runner, model = toy_training.train(
+        toy_training.rambo_loss(), hooks, tmp_path, epochs=1
+    )
+    runner.train()
+    assert model.seen[0]['margin'] == model.seen[0]['loss_weight'] == 0.5
 
 
 # Semi-supervised detectors

@@ -11,11 +11,8 @@ PERTURB = ('together', 'singly')
 def check_scores(name: str, scores: Tensor, check_nan: bool, ndim: int = 0) -> None:
     """Check that ``scores`` is a floating-point tensor without NaN.
 
-    Args:
-        name: Name of the calling function, for the message.
-        scores: The tensor to check.
-        check_nan: Whether to look for NaN (one device synchronisation on a GPU).
-        ndim: Required number of dimensions; 0 means at least one.
+    To look for NaN takes a device synchronisation. ``ndim`` is the required number of
+    dimensions; 0 means at least one.
 
     Raises:
         TypeError: If ``scores`` is no floating-point tensor.
@@ -48,16 +45,7 @@ def check_scores(name: str, scores: Tensor, check_nan: bool, ndim: int = 0) -> N
 
 
 def check_binary(name: str, arg: str, value: Tensor, scores: Tensor) -> Tensor:
-    """Return ``value`` as a bool tensor after checking shape, device and values.
-
-    Args:
-        name: Name of the calling function, for the message.
-        arg: Name of the argument, for the message.
-        value: A bool, integer or floating-point tensor.
-        scores: The scores that it belongs to.
-
-    Returns:
-        A bool tensor of the shape of ``scores``.
+    """Return ``value``, the argument ``arg``, as a bool tensor shaped like ``scores``.
 
     Raises:
         TypeError: If ``value`` is no tensor.
@@ -102,10 +90,9 @@ def check_lambd(name: str, lambd: float, together: bool) -> None:
 
 
 def representable(lambd: float, dtype: torch.dtype) -> float:
-    """Return λ within the range of a type, beyond which it would become 0 or inf.
+    """Return λ within the range of a type, where it is neither 0 nor inf.
 
-    A λ below it moves no score, and one above it moves each to the top, as those at the
-    ends do; an infinite λ stays so.
+    Those beyond do what the ends do: move no score, or each to the top.
     """
     info = torch.finfo(dtype)
     return lambd if lambd == float('inf') else min(max(lambd, info.tiny), info.max)

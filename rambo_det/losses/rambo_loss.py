@@ -1,7 +1,7 @@
 """RaMBO: average precision as the classification loss of a detector."""
 
 import warnings
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from mmdet.registry import MODELS
@@ -30,16 +30,10 @@ SCHEDULED = ('lambd', 'margin', 'loss_weight', 'auxiliary')
 PATIENCE = 50
 
 
-def _not_compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keep ``torch.compile`` out of a function: its shapes change with every batch."""
-    compiler = getattr(torch, 'compiler', None)  # since PyTorch 2.1
-    return function if compiler is None else compiler.disable(function)
-
-
 class Ranked(nn.Module):
     """Hands on what is ranked: the place for forward hooks that look at it.
 
-    Gradients of its output are those of the ranking alone, without the auxiliary loss.
+    The gradient of the scores is that of the ranking alone, without the auxiliary loss.
     """
 
     def forward(self, scores: Tensor, labels: Tensor) -> Tuple[Tensor, Tensor]:
@@ -70,10 +64,10 @@ class RaMBOLoss(nn.Module):
 
     Args:
         lambd (float): λ of Algorithm 1 for terms without one of their own: how far
-            scores are moved to look for the gradient. It does not scale the loss, but
-            with ``perturb='together'``, where it has to be finite, the larger it is
-            the smaller the gradient norm. Defaults to infinity, which a config spells
-            ``'infinite'``: mmengine cannot load the dump of a float infinity.
+            scores are moved to look for the gradient. With ``perturb='together'`` it
+            has to be finite, and a larger one gives a smaller gradient norm. Defaults
+            to infinity, which a config spells ``'infinite'``: mmengine cannot load the
+            dump of a float infinity.
         margin (float): α: positives are lowered and negatives raised by half of it
             before ranking, in units of the scores. Defaults to 1.
         margin_noise (bool): Whether each shift is multiplied by its own ``|N(0, 1)|``,
@@ -83,12 +77,10 @@ class RaMBOLoss(nn.Module):
             term has that span.
         scores (str): What is ranked: 'logits', 'sigmoid', 'softmax' or 'log_softmax'.
             With the last two the classifier has a background column, else one column
-            per class; they order alike, and the logarithm keeps a gradient where a
-            probability is nearly 0.
+            per class. Defaults to 'logits'.
         class_ap (dict, optional): ``dict(weight, span, lambd)`` of the class-wise term,
-            with span 'memory', 'batch' or 'image'. Missing keys take the default,
-            weight 1, span 'batch' and the loss' ``lambd``. ``None`` or weight 0 switch
-            the term off.
+            with span 'memory', 'batch' or 'image'. Missing keys default to weight 1,
+            span 'batch' and the loss' ``lambd``. ``None`` switches the term off.
         pooled_ap (dict, optional): The same for the pooled term, with span 'batch',
             'image' or 'row'. Defaults to weight 1 and span 'batch'.
         use_sigmoid (bool): Read by mmdet's heads: True means one column per class.
@@ -98,9 +90,8 @@ class RaMBOLoss(nn.Module):
             from the same logits and added, such as ``dict(type='CrossEntropyLoss')``.
             It has its own ``loss_weight``, and ``use_sigmoid`` like this loss. Defaults
             to None.
-        check_values (bool): Whether to look for NaN, for labels out of range and for
-            positives in each step, at the cost of one device synchronisation. Defaults
-            to True.
+        check_values (bool): Whether to look for NaN, labels out of range and positives
+            in each step, with one device synchronisation. Defaults to True.
         perturb (str): How Algorithm 1 moves the positives of a sequence: 'together',
             each by λ times its incoming gradient, as in the paper; or 'singly', each
             on its own by λ, with the loss that this gains as its gradient. See
@@ -230,18 +221,12 @@ class RaMBOLoss(nn.Module):
         return num_classes + self.has_background
 
     def get_activation(self, cls_score: Tensor) -> Tensor:
-        """Turn logits into test scores.
+        """Turn logits (N, C), or (N, C + 1) with softmax, into test scores.
 
-        RoI heads drop the last column, and semi-supervised detectors read it as the
-        probability of the background. Where every class has a sigmoid of its own, it is
-        the least that the classes leave for it, 1 - max. Dense heads keep all columns,
-        and get none for the background.
-
-        Args:
-            cls_score (Tensor): Logits of shape (N, C), or (N, C + 1) with softmax.
-
-        Returns:
-            Tensor: Scores of shape (N, C + 1), or (N, C) in a dense head.
+        They have shape (N, C + 1): RoI heads drop the last column, and semi-supervised
+        detectors read it as the probability of the background. Where every class has a
+        sigmoid, that is what the classes leave for it, 1 - max. Dense heads drop
+        nothing, and get (N, C).
         """
         dense = any(owner.dense for owner in self._owners)
         if self.has_background:
@@ -256,10 +241,10 @@ class RaMBOLoss(nn.Module):
     def get_accuracy(
         self, cls_score: Optional[Tensor] = None, labels: Optional[Tensor] = None
     ) -> Dict[str, Tensor]:
-        """Report the AP per term of the ranking that the preceding call made.
+        """Report the AP of each term in the ranking that the preceding call made.
 
-        It is that of the very sequences that were ranked, with margin and memory, and
-        costs no second ranking. The arguments are mmdet's interface and not used.
+        The ranking has margin and memory in it. The arguments are mmdet's interface and
+        not used.
 
         Returns:
             dict[str, Tensor]: AP in [0, 1] under 'class_ap' and 'pooled_ap'. Empty if
@@ -270,7 +255,7 @@ class RaMBOLoss(nn.Module):
 
     # The loss
 
-    @_not_compiled
+    @torch.compiler.disable  # its shapes change with every batch
     def forward(
         self,
         pred: Tensor,
@@ -399,9 +384,8 @@ class RaMBOLoss(nn.Module):
                 warnings.warn(
                     f"RaMBOLoss: {term.name} has span 'image', but the head does not "
                     'say which rows belong to which image, so the whole batch is '
-                    "ranked instead. Use the head of this package (type='RaMBO' + the "
-                    'name of the stock head, e.g. RaMBOShared2FCBBoxHead), or span '
-                    "'batch'",
+                    "ranked. Use the head of this package (type='RaMBO' + its name, "
+                    "e.g. RaMBOShared2FCBBoxHead), or span 'batch'",
                     stacklevel=3,
                 )
         return Ranking(

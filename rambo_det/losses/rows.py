@@ -172,19 +172,13 @@ def _check_columns(pred: Tensor, owners: Sequence[Owner], has_background: bool) 
     heads = ' and '.join(f'{head} has num_classes={n}' for head, n in known.items())
     head = next(iter(known))
     bound = head if head.startswith('RaMBO') else f'RaMBO{head}'
-    need = 'C + 1 columns, the last for the background' if has_background else 'C'
+    need = 'C + 1, the last for the background' if has_background else 'C, one a class'
     raise ValueError(
         f'RaMBOLoss: pred has {columns} columns, but {heads}, and the loss expects '
-        f"{need}, one per class. Stock heads read the layout from the loss' config: "
-        + (
-            'add use_sigmoid=False to it'
-            if has_background
-            else 'without use_sigmoid=True there they make a background column, which '
-            "would be ranked as a class. Add it, or scores='softmax', "
-            'use_sigmoid=False for the column'
-        )
-        + f'; or use the head that binds the loss, type={bound}, where there is one '
-        '(docs/detectors.md)'
+        f'{need}. Use the head that binds the loss, type={bound}, where there is one '
+        "(docs/detectors.md). Stock heads read the layout from the loss' config, where "
+        "use_sigmoid=True makes one column per class, and scores='softmax', "
+        'use_sigmoid=False one more for the background'
     )
 
 
@@ -233,11 +227,10 @@ def _look(
             "(metainfo['classes']); NumClassCheckHook compares them before training"
         )
     if first < 0 or (num_images is not None and last >= max(num_images, 1)):
+        expected = '>= 0' if num_images is None else f'0..{num_images - 1}'
         raise ValueError(
-            f'RaMBOLoss: images must hold the image of each row, 0..{num_images - 1}, '
-            f'got {first} to {last}'
-            if num_images is not None
-            else f'RaMBOLoss: images must hold numbers >= 0, got {first}'
+            f'RaMBOLoss: images must hold the image of each row, {expected}, got '
+            f'{first} to {last}'
         )
     if suspicious or bad:
         _name_what_is_wrong(pred, labels, wrong, ignored, num_classes)
