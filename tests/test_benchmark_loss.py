@@ -15,7 +15,8 @@ pytest.importorskip('mmdet', reason='needs mmdet')
 import benchmark_loss
 import benchmark_report
 import oracle
-import rival_losses
+
+from rambo_det import baselines
 
 TOOLS = Path(__file__).resolve().parents[1] / 'tools'
 
@@ -71,7 +72,7 @@ def test_literal_form_is_algorithm_1(seed):
     loss, grad = oracle.ap_loss(flat, targets.reshape(-1).tolist(), lambd / 3)
     expected += loss / 3
     gradient += torch.tensor(grad, dtype=torch.float64).view_as(gradient) / 3
-    result = rival_losses.literal_loss(logits, labels, lambd, margin)
+    result = baselines.literal_loss(logits, labels, lambd, margin)
     result.backward()
     assert result.item() == pytest.approx(expected, abs=1e-12)
     torch.testing.assert_close(logits.grad, gradient, rtol=0, atol=1e-12)
@@ -80,7 +81,7 @@ def test_literal_form_is_algorithm_1(seed):
 def test_literal_form_does_twelve_argsorts():
     logits, labels = draw(0)
     with torch.profiler.profile() as run:
-        rival_losses.literal_loss(logits, labels).backward()
+        baselines.literal_loss(logits, labels).backward()
     assert sum(event.name == 'aten::argsort' for event in run.events()) == 12
 
 
@@ -102,7 +103,7 @@ def test_ap_loss_is_its_definition(seed):
             expected += error
             gradient[i] -= error
             gradient[j] += error
-    loss = rival_losses.ap_loss(logits, labels, delta)
+    loss = baselines.ap_loss(logits, labels, delta)
     assert_loss_and_gradient(loss, logits, expected, gradient)
 
 
@@ -133,15 +134,15 @@ def test_rank_sort_loss_is_its_definition(seed):
                 if total > 0:
                     gradient[j] += part / total * error / len(positives)
                     gradient[i] -= part / total * error / len(positives)
-    loss = rival_losses.rank_sort_loss(logits, labels, drawn, delta)
+    loss = baselines.rank_sort_loss(logits, labels, drawn, delta)
     assert_loss_and_gradient(loss, logits, expected, gradient)
 
 
 def test_no_positive():
     logits, labels = draw(0, positives=0)
     for loss in (
-        rival_losses.ap_loss(logits, labels),
-        rival_losses.rank_sort_loss(logits, labels, logits.new_zeros(0)),
+        baselines.ap_loss(logits, labels),
+        baselines.rank_sort_loss(logits, labels, logits.new_zeros(0)),
     ):
         loss.backward()
         assert loss == 0

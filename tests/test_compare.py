@@ -499,6 +499,21 @@ def test_hash_is_of_what_is_trained_not_of_where_the_data_are(
     assert said.endswith(' and 1 more')
 
 
+def test_hash_leaves_out_what_cannot_change_a_result(tmp_path, data):
+    def sha(text):
+        return compare_configs.load(variant(tmp_path, text), {}).sha
+
+    plain = compare_configs.load(CE, {})
+    assert sha("custom_imports = dict(_delete_=True, imports=['json'])") == plain.sha
+    for name, same in (('NumClassCheckHook', True), ('InvalidLossHook', False)):
+        found = sha(f"default_hooks = dict(another=dict(type='{name}'))")
+        assert (found == plain.sha) == same
+    before = dict(plain.resolved, custom_imports=dict(imports=['somewhere']))
+    assert compare_configs.trained_alike(before, plain.resolved)
+    longer = dict(plain.resolved, max_epochs=9)
+    assert not compare_configs.trained_alike(longer, plain.resolved)
+
+
 @pytest.mark.parametrize(
     'text, message',
     [

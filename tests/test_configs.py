@@ -1,6 +1,10 @@
 """Every shipped config builds, and differs from its baseline where it should."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +12,7 @@ import pytest
 pytest.importorskip('mmdet', reason='configs are those of mmdet')
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
+from mmdet_script import find_mmdet_script
 from mmengine.config import Config
 
 from rambo_det import RaMBOLoss
@@ -22,11 +27,55 @@ FASTER = [name for name in CONFIGS if Path(name).name.startswith('faster-rcnn')]
 OTHERS = [name for name in CONFIGS if name not in FASTER]
 HEAD = 'model.roi_head.bbox_head'
 LOSS = {f'{HEAD}.loss_cls', f'{HEAD}.type', 'custom_imports'}
+# What `import rambo_det` leaves out.
+LEFT_OUT = ('rambo_det.baselines', 'rambo_det.heads.autocast')
 register_all_modules()
 
 
 def load(name):
     return Config.fromfile(ROOT / name)
+
+
+@pytest.fixture(scope='module')
+def outside(tmp_path_factory):
+    """What another folder's process builds of each config, with mmdet's train.py.
+
+    It has the package on its path, but not our tools/.
+    """
+    folder = tmp_path_factory.mktemp('elsewhere')
+    script = Path(__file__).with_name('load_configs.py')
+    arguments = [find_mmdet_script('train'), 'out.json', *(ROOT / n for n in CONFIGS)]
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', str(script), *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, 'PYTHONPATH': str(ROOT.parent), 'OMP_NUM_THREADS': '1'},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / 'out.json').read_text(encoding='utf-8'))
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_mmdets_own_script_loads_and_builds_it(name, outside):
+    found = outside['found'][str(ROOT / name)]
+    assert 'error' not in found, found['error']
+    # Building it ran the hook's check of the data's classes against the heads.
+    assert found['hooks'].count('NumClassCheckHook') == 1
+    own = name.startswith(('pascal_voc', 'coco'))
+    assert found['hooks'].count('InvalidLossHook') == own
+    assert not outside['has_tools']
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_it_imports_what_it_uses(name, outside):
+    """The configs that were loaded before it must not have done it for it."""
+    found = outside['found'][str(ROOT / name)]
+    used = [module for module in found['modules'] if module.startswith('rambo_det')]
+    asked = set(found['imports'])
+    assert asked or not used
+    for extra in LEFT_OUT:
+        assert (extra in asked) == any(module.startswith(extra) for module in used)
 
 
 def differences(a, b, path=''):
@@ -93,7 +142,8 @@ def parts(value, path=''):
 
 # What RaMBO and VOC's data may change of a config for COCO.
 CHANGED = re.compile(
-    r'(^custom_imports|^custom_hooks|^default_hooks\.invalid_loss|^voc_|_scope_$'
+    r'(^custom_imports|^custom_hooks|^voc_|^training_checks|_scope_$'
+    r'|^default_hooks\.(invalid_loss|num_class_check)'
     r'|\.loss_cls\.|\.num_classes$|\.score_thr$'
     r'|(bbox|rpn)_head(\.\d)?\.type$'
     r'|_dataloader\.dataset\.(data_root|ann_file|data_prefix\.img|metainfo\.)'
@@ -136,7 +186,11 @@ X101 = R101 | {
     'model.backbone.base_width',
 }
 VOC07 = {'train_dataloader.dataset'}
-GUARD = {'default_hooks.invalid_loss'}
+CHECKS = {
+    'default_hooks.invalid_loss',
+    'default_hooks.num_class_check',
+    'training_checks',
+}
 THRESHOLD = 'model.test_cfg.rcnn.score_thr'
 RPN = {'model.rpn_head.type', 'model.rpn_head.loss_cls'}
 PAPER = {
@@ -166,7 +220,7 @@ PAPER = {
 )
 def test_only_the_intended_keys_differ_from_the_baseline_of_mmdet(name, extra):
     found = differences(baseline(), load(f'pascal_voc/{name}'))
-    assert found == LOSS | GUARD | {THRESHOLD} | extra
+    assert found == LOSS | CHECKS | {THRESHOLD} | extra
 
 
 def test_every_pascal_voc_config_is_compared_above():
@@ -182,7 +236,7 @@ def test_every_pascal_voc_config_is_compared_above():
 def test_coco_format_differs_from_that_of_mmdet_in_the_loss_alone():
     name = 'pascal_voc/faster-rcnn_r50_fpn_{}1x_voc0712-cocofmt.py'
     found = differences(baseline(name.format('')), load(name.format('rambo_')))
-    assert found == LOSS | GUARD | {THRESHOLD}
+    assert found == LOSS | CHECKS | {THRESHOLD}
 
 
 def test_voc07_is_the_first_half_of_the_baseline():

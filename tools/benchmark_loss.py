@@ -35,7 +35,6 @@ import benchmark_report
 import numpy as np
 import torch
 from benchmark_report import FOCAL, LITERAL, OURS, QUARTILES, SORT
-from rival_losses import ap_loss, literal_loss, positive_index, rank_sort_loss
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.nn.functional import cross_entropy
@@ -46,11 +45,17 @@ if not HAS_MMDET:
     # The loss takes no more than the registry from mmdet, and a machine with a GPU may
     # have PyTorch alone. The package itself must have seen that mmdet is missing.
     sys.path.append(str(Path(__file__).resolve().parents[1]))
-    import rambo_det  # noqa: F401
+    import rambo_det.baselines  # noqa: F401
 
     registry = ModuleType('mmdet.registry')
     registry.MODELS = SimpleNamespace(register_module=lambda: lambda cls: cls)
     sys.modules.update({'mmdet': ModuleType('mmdet'), registry.__name__: registry})
+from rambo_det.baselines import (  # noqa: E402
+    ap_loss,
+    literal_loss,
+    positive_index,
+    rank_sort_loss,
+)
 from rambo_det.losses.rambo_loss import RaMBOLoss  # noqa: E402
 
 CASES = {  # rows, classes, positives

@@ -18,6 +18,8 @@ from mmengine.logging import MMLogger
 
 # What the last test of a run depends on and its training does not.
 TEST_KEYS = ('model.test_cfg.', 'test_cfg.', 'test_dataloader.', 'test_evaluator.')
+# Where types are imported from, and a check that stops a training or does nothing.
+IMPORTS, CHECK = 'custom_imports', 'NumClassCheckHook'
 _VARIABLE = re.compile(r'\{\{[\'"]?\s*\$(\w+)\s*:\s*(\S*?)\s*[\'"]?\}\}')
 
 
@@ -28,9 +30,9 @@ class Candidate:
     Attributes:
         path: Its file.
         cfg: The config with the options merged in.
-        resolved: The same, but for the seed, and with the names of environment
-            variables where the others have the paths in them, so that it does
-            not change where the data are moved.
+        resolved: The same, but for the seed and what cannot change a result, and
+            with the names of environment variables where the others have the
+            paths in them, so that it does not change where the data are moved.
     """
 
     path: Path
@@ -118,7 +120,21 @@ def load(path: Path, options: Mapping[str, Any]) -> Candidate:
     with _environment({name: f'${name}' for name in paths}):
         portable = _load(path, {**options, 'randomness.seed': None})
     text = json.dumps(portable.to_dict(), sort_keys=True, default=repr)
-    return Candidate(path=path, cfg=cfg, resolved=json.loads(text))
+    resolved = _what_counts(json.loads(text))
+    return Candidate(path=path, cfg=cfg, resolved=resolved)
+
+
+def _what_counts(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what cannot change a result."""
+    found = {key: value for key, value in resolved.items() if key != IMPORTS}
+    hooks = found.get('default_hooks')
+    if hooks:
+        found['default_hooks'] = {
+            name: hook
+            for name, hook in hooks.items()
+            if not isinstance(hook, dict) or hook.get('type') != CHECK
+        }
+    return found
 
 
 def _flat(value: Any, path: str = '') -> Iterator[tuple[str, Any]]:
@@ -144,7 +160,9 @@ def _changed(old: Any, new: Any) -> Iterator[tuple[str, str, str]]:
 
 def trained_alike(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Whether two resolved configs differ in nothing but how the detector is tested."""
-    return all(key.startswith(TEST_KEYS) for key, *_ in _changed(old, new))
+    # A run of before these were left out goes on.
+    changed = _changed(_what_counts(old), _what_counts(new))
+    return all(key.startswith(TEST_KEYS) for key, *_ in changed)
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], limit: int = 5) -> str:

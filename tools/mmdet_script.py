@@ -1,9 +1,12 @@
 """Run a script that mmdet ships, such as its ``tools/train.py``."""
 
+from __future__ import annotations
+
 import runpy
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, Container, Iterator
 
 
 def find_mmdet_script(name: str) -> Path:
@@ -37,6 +40,34 @@ def find_mmdet_script(name: str) -> Path:
     )
 
 
+def _types(value: Any) -> Iterator[str]:
+    """Yield the types that a config names, at any depth."""
+    if isinstance(value, dict):
+        if isinstance(value.get('type'), str):
+            yield value['type']
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for child in value:
+            yield from _types(child)
+
+
+def forgotten_import(cfg: Any, names: Container[str]) -> str | None:
+    """Say what a config that imports nothing of rambo_det uses of it, if so.
+
+    Args:
+        cfg: The config.
+        names: What the package registers.
+    """
+    used = sorted({name for name in _types(cfg.to_dict()) if name in names})
+    if not used:
+        return None
+    return (
+        f'{cfg.filename} uses {", ".join(used)} of rambo_det and does not import it, '
+        "so that mmdet's own scripts would not know these types. Add to the config:\n"
+        "custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)"
+    )
+
+
 def run_mmdet_script(name: str) -> None:
     """Run mmdet's ``tools/{name}.py`` with this process' arguments.
 
@@ -47,8 +78,21 @@ def run_mmdet_script(name: str) -> None:
         path = find_mmdet_script(name)
     except FileNotFoundError as error:
         sys.exit(f'tools/{name}.py: {error}')
-    # Without it PyTorch >= 2.6 refuses mmengine's checkpoints, also those of the
-    # cross-entropy twins, whose configs do not import it.
-    import rambo_det  # noqa: F401
+    from mmengine.runner import Runner
 
+    from_cfg = Runner.from_cfg.__func__
+
+    # Without the package PyTorch >= 2.6 refuses mmengine's checkpoints, also those of
+    # the cross-entropy twins, whose configs do not import it. It is imported only when
+    # the config has been loaded, to see whether that has done it.
+    def checked(cls: type[Runner], cfg: Any) -> Runner:
+        imported = 'rambo_det' in sys.modules
+        import rambo_det
+
+        message = None if imported else forgotten_import(cfg, rambo_det.__all__)
+        if message:
+            sys.exit(f'tools/{name}.py: {message}')
+        return from_cfg(cls, cfg)
+
+    Runner.from_cfg = classmethod(checked)
     runpy.run_path(str(path), run_name='__main__')

@@ -246,6 +246,7 @@ def shrink(cfg: Config, data: Path, steps: int, lr: float) -> Config:
         param_scheduler=dict(type='ParamSchedulerHook'),
         checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=steps),
         sampler_seed=dict(type='DistSamplerSeedHook'),
+        num_class_check=dict(type='NumClassCheckHook'),
     )
     cfg.log_processor = dict(type='LogProcessor', by_epoch=False)
     cfg.log_level = 'WARNING'

@@ -1,7 +1,10 @@
 # The boxes' classes are ranked; masks are learned as in mmdet's baseline.
-_base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
+_base_ = [
+    'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+    '../_base_/training_checks.py',
+]
 custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
-default_hooks = dict(invalid_loss=dict(type='InvalidLossHook'))
+default_hooks = _base_.training_checks
 
 model = dict(
     roi_head=dict(

@@ -126,5 +126,6 @@ param_scheduler = [
 default_hooks = dict(
     logger=dict(interval=20),
     checkpoint=dict(interval=max_epochs),
+    num_class_check=dict(type='NumClassCheckHook'),
 )
 randomness = dict(seed=0)

@@ -1,9 +1,10 @@
 _base_ = [
     'mmdet::cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py',
     '../_base_/datasets/voc0712-cocofmt.py',
+    '../_base_/training_checks.py',
 ]
 custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
-default_hooks = dict(invalid_loss=dict(type='InvalidLossHook'))
+default_hooks = _base_.training_checks
 
 # Every stage has a loss of its own.
 model = dict(

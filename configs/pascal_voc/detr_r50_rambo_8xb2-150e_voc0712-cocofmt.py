@@ -1,10 +1,11 @@
 _base_ = [
     'mmdet::detr/detr_r50_8xb2-150e_coco.py',
     '../_base_/datasets/voc0712-cocofmt.py',
+    '../_base_/training_checks.py',
 ]
 custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
 
-default_hooks = dict(invalid_loss=dict(type='InvalidLossHook'))
+default_hooks = _base_.training_checks
 
 # One column per class instead of a softmax with "no object", so the matching takes
 # sigmoids as well.

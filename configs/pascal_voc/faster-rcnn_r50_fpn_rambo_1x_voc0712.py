@@ -1,7 +1,10 @@
 # Faster R-CNN with RaMBO instead of cross-entropy, otherwise mmdet's VOC baseline.
-_base_ = 'mmdet::pascal_voc/faster-rcnn_r50_fpn_1x_voc0712.py'
+_base_ = [
+    'mmdet::pascal_voc/faster-rcnn_r50_fpn_1x_voc0712.py',
+    '../_base_/training_checks.py',
+]
 custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
-default_hooks = dict(invalid_loss=dict(type='InvalidLossHook'))
+default_hooks = _base_.training_checks
 
 model = dict(
     roi_head=dict(

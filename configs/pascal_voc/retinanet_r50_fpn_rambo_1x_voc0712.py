@@ -1,6 +1,9 @@
-_base_ = 'mmdet::pascal_voc/retinanet_r50_fpn_1x_voc0712.py'
+_base_ = [
+    'mmdet::pascal_voc/retinanet_r50_fpn_1x_voc0712.py',
+    '../_base_/training_checks.py',
+]
 custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
-default_hooks = dict(invalid_loss=dict(type='InvalidLossHook'))
+default_hooks = _base_.training_checks
 
 model = dict(
     bbox_head=dict(

@@ -1,9 +1,10 @@
 _base_ = [
     'mmdet::yolof/yolof_r50-c5_8xb8-1x_coco.py',
     '../_base_/datasets/voc0712-cocofmt.py',
+    '../_base_/training_checks.py',
 ]
 custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
-default_hooks = dict(invalid_loss=dict(type='InvalidLossHook'))
+default_hooks = _base_.training_checks
 
 model = dict(
     bbox_head=dict(

@@ -1,5 +1,5 @@
 _base_ = './faster-rcnn_mobilenetv2_fpn-tiny_ce_4e_voc-subset.py'
-custom_imports = dict(imports=['rival_heads'], allow_failed_imports=False)
+custom_imports = dict(imports=['rambo_det.baselines'], allow_failed_imports=False)
 
 model = dict(
     roi_head=dict(

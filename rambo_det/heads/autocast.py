@@ -2,8 +2,9 @@
 
 mmengine's ``AmpOptimWrapper`` wants a GPU, and mmcv's RoIAlign and NMS know no bfloat16
 on a CPU, so that a whole two-stage detector cannot train in it there. The layers whose
-output is ranked can. Configs use it with ``custom_imports =
-dict(imports=['autocast_heads'])``; see ``configs/bccd``.
+output is ranked can. ``import rambo_det`` leaves this module out. A config asks for it
+with ``custom_imports = dict(imports=['rambo_det.heads.autocast'],
+allow_failed_imports=False)``; see ``configs/bccd``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from mmdet.registry import MODELS
 from torch import Tensor
 
-from rambo_det import RaMBOShared2FCBBoxHead
+from .bbox_heads import RaMBOShared2FCBBoxHead
 
 
 @MODELS.register_module()

@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip('mmdet', reason='the heads are registered in mmdet')
 from mmdet.registry import MODELS
-from rival_heads import RivalLoss
-from rival_losses import ap_loss, rank_sort_loss
+
+from rambo_det.baselines import RivalLoss, ap_loss, rank_sort_loss
 
 CLASSES = 3
 

@@ -1,22 +1,22 @@
 """Other losses in mmdet's RoI head, to be trained beside RaMBO under equal conditions.
 
-A config that tools/train.py trains uses them with ``custom_imports =
-dict(imports=['rival_heads'])``; see ``configs/voc_subset``.
+The names under which they are registered are those of the recorded runs.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Callable
 
 from mmdet.models.roi_heads.bbox_heads import Shared2FCBBoxHead
 from mmdet.registry import MODELS
 from mmdet.structures.bbox import bbox_overlaps
 from mmengine.model import bias_init_with_prob
-from rival_losses import ap_loss, positive_index, rank_sort_loss
 from torch import Tensor, nn
 
-LOSSES = dict(ap=ap_loss, rank_sort=rank_sort_loss)
+from .losses import ap_loss, positive_index, rank_sort_loss
+
+LOSSES: dict[str, Callable[..., Tensor]] = dict(ap=ap_loss, rank_sort=rank_sort_loss)
 
 
 @MODELS.register_module()
@@ -43,12 +43,15 @@ class RivalLoss(nn.Module):
         self.quality: Tensor | None = None
 
     def get_cls_channels(self, num_classes: int) -> int:
+        """Return the number of columns: one per class."""
         return num_classes
 
     def get_activation(self, cls_score: Tensor) -> Tensor:
+        """Return the scores, with the empty background column that mmdet cuts off."""
         return nn.functional.pad(cls_score.sigmoid(), (0, 1))
 
     def get_accuracy(self, cls_score: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return nothing: no accuracy is logged."""
         return {}
 
     def forward(
@@ -73,6 +76,7 @@ class RivalShared2FCBBoxHead(Shared2FCBBoxHead):
     """mmdet's ``Shared2FCBBoxHead`` with what the rivals' losses ask for."""
 
     def init_weights(self) -> None:
+        """Start from the scores of dense heads, 0.01."""
         super().init_weights()
         # Without it the background's 20 columns of 0.5 outweigh all else at first.
         nn.init.constant_(self.fc_cls.bias, bias_init_with_prob(0.01))

@@ -9,7 +9,7 @@ from mmdet.registry import MODELS
 
 @pytest.fixture
 def head():
-    import autocast_heads  # noqa: F401  registers it
+    import rambo_det.heads.autocast  # noqa: F401  registers it
 
     return MODELS.build(
         dict(

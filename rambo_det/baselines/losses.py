@@ -1,6 +1,6 @@
-"""Short forms of other ranking losses, for tools/benchmark_loss.py to time.
+"""Short forms of other ranking losses.
 
-Written from the papers and checked in tests/test_benchmark_loss.py against their
+Written from the papers and checked in ``tests/test_benchmark_loss.py`` against their
 definitions. All take the logits (N, C) of a classifier without a background column and
 labels (N,), C for background, and return a scalar.
 
