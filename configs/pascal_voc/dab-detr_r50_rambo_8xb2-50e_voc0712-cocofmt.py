@@ -1,12 +1,10 @@
 _base_ = [
     'mmdet::dab_detr/dab-detr_r50_8xb2-50e_coco.py',
     '../_base_/datasets/voc0712-cocofmt.py',
+    '../_base_/training_checks.py',
 ]
 custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
-default_hooks = dict(
-    invalid_loss=dict(type='InvalidLossHook'),
-    num_class_check=dict(type='NumClassCheckHook'),
-)
+default_hooks = _base_.training_checks
 
 model = dict(
     bbox_head=dict(
