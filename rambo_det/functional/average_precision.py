@@ -33,10 +33,9 @@ def apply_margin(
     Args:
         scores: Floating-point tensor of any shape.
         targets: Tensor of the same shape, nonzero or True for positives.
-        margin: The distance α >= 0 between positives and negatives, in units of the
-            scores.
+        margin: The distance α >= 0 between positives and negatives.
         noise: Whether each entry's shift is multiplied by its own ``|N(0, 1)|``, as
-            the authors' mAP loss does. Defaults to False, the fixed shift.
+            the authors' mAP loss does.
         generator: Random generator for the noise.
 
     Returns:
@@ -103,7 +102,7 @@ def average_precision(
         scores: (R, n) floating-point tensor.
         targets: (R, n) tensor, nonzero or True for positives.
         mask: (R, n) tensor, zero or False for entries that do not exist.
-        check_nan: Whether to raise on NaN. Defaults to True.
+        check_nan: Whether to raise on NaN.
 
     Returns:
         (R,) tensor with values in (0, 1]; NaN for a row without positives.
@@ -147,29 +146,24 @@ def ap_loss(
     afterwards: unlike in a literal composition, a loss weight weights, and λ belongs
     to the sequence alone.
 
-    With ``perturb='singly'`` every positive is a solver of its own: its rank among the
-    negatives. Each is moved by λ while all others stay, and its incoming gradient is
-    the loss that this gains, ``(rk+ / (rk - k) - rk+ / rk) / P`` where it passes k
-    negatives, instead of a linearisation, which vanishes with ``1 / rk^2`` for all but
-    the first of the list. The gain is the gradient of the positive; the negatives that
-    it passes share it equally. It is not divided by λ, which may be infinite: then
-    each positive moves to the top and its gradient is its own precision error,
-    ``(1 - rk+ / rk) / P``, which is the error-driven update of Chen et al., *Towards
-    Accurate One-Stage Object Detection with AP-Loss*, CVPR 2019 (arXiv 1904.06373).
+    With ``perturb='singly'`` each positive is moved by λ while all others stay. Its
+    gradient is the loss that this gains, ``(rk+ / (rk - k) - rk+ / rk) / P`` where it
+    passes k negatives, which share it equally. λ may be infinite: then each positive
+    moves to the top, and its gradient ``(1 - rk+ / rk) / P`` is the error-driven update
+    of Chen et al., *Towards Accurate One-Stage Object Detection with AP-Loss*, CVPR
+    2019 (arXiv 1904.06373). ``docs/algorithm.md`` derives both.
 
     Args:
         scores: (R, n) floating-point tensor, one sequence per row.
         targets: (R, n) tensor, nonzero or True for positives.
-        lambd: Interpolation range λ > 0. With ``perturb='singly'`` it is in units of
-            the scores and may be infinite.
+        lambd: Interpolation range λ > 0; with 'singly' in units of the scores.
         margin: α >= 0; positives are lowered and negatives raised by half of it.
         margin_noise: Whether the shift is multiplied by ``|N(0, 1)|``, drawn anew.
         mask: (R, n) tensor; zero or False means that the entry does not exist: it has
             no rank and does not count in n.
         generator: Random generator for the noise.
-        check_nan: Whether to raise on NaN. Defaults to True.
-        perturb: Whether the positives of a sequence are moved 'together', as in the
-            paper, or 'singly'. Defaults to 'together'.
+        check_nan: Whether to raise on NaN.
+        perturb: Whether positives are moved 'together', as in the paper, or 'singly'.
 
     Returns:
         (R,) tensor with values in [0, 1); 0 with zero gradient for a row without
@@ -240,9 +234,8 @@ def detection_ap_loss(
 ) -> List[Tuple[Tensor, Tensor]]:
     """``1 - AP`` over the rows of a classifier, differentiated as a blackbox.
 
-    The same loss and gradient as :func:`ap_loss` on the sequences spelled out as rows,
-    without building those rows, and for several rankings of the same scores at once.
-    Values are not checked here: callers do it once for all rankings.
+    Loss and gradient are those of :func:`ap_loss` on the sequences spelled out as rows,
+    for several rankings of the same scores at once. Values are not checked.
 
     Args:
         scores: (N, C) floating-point tensor, one row per anchor or proposal and one

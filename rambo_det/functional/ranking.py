@@ -23,8 +23,8 @@ def rank(scores: Tensor, dim: int = -1, *, check_nan: bool = True) -> Tensor:
 
     Args:
         scores: Floating-point tensor of any shape with at least one dimension.
-        dim: The dimension along which to rank. Defaults to the last.
-        check_nan: Whether to raise on NaN. Defaults to True.
+        dim: The dimension along which to rank.
+        check_nan: Whether to raise on NaN.
 
     Returns:
         int64 tensor of the shape of ``scores`` with values 1..n; equal scores are
@@ -75,10 +75,9 @@ def blackbox_rank(
 
     Args:
         scores: Floating-point tensor of any shape with at least one dimension.
-        lambd: Interpolation range λ > 0; larger values move scores further and give
-            a less local, smoother gradient.
-        dim: The dimension along which to rank. Defaults to the last.
-        check_nan: Whether to raise on NaN. Defaults to True.
+        lambd: Interpolation range λ > 0; larger ones give a smoother gradient.
+        dim: The dimension along which to rank.
+        check_nan: Whether to raise on NaN.
 
     Returns:
         Tensor of the shape of ``scores`` with values in (0, 1], 1/n being the

@@ -59,15 +59,9 @@ class Recorder:
 class RaMBOHeadMixin:
     """Lets a head hand over all rows of a ranking at once, with their images.
 
-    Put it before a head of mmdet, and wrap the method that calls ``loss_cls``::
-
-        with self.recorded_calls() as calls:
-            losses = super().loss_by_feat(cls_scores, ...)
-        losses['loss_cls'] = self.rank_calls(calls, cls_scores, images, num_images)
-        losses.update(self.loss_cls.get_accuracy())
-
-    where ``self.ranks``; with another loss the head works as the stock head does. What
-    the config of :class:`~rambo_det.losses.RaMBOLoss` leaves open is filled in.
+    Put it before a head of mmdet, and wrap the method that calls ``loss_cls``, as
+    ``docs/detectors.md`` shows. With another loss the head works as the stock head
+    does. What the config of the loss leaves open is filled in.
     """
 
     # Whether the stock head can have a background column.
@@ -142,11 +136,11 @@ class RaMBOHeadMixin:
     def recorded_calls(self, objects: Optional[Tensor] = None) -> Iterator[List[Call]]:
         """Let a recorder stand in for the loss while the stock head computes.
 
-        Afterwards, also after an exception, the head is as it was.
+        Afterwards, also after an exception, the head is as it was. If the stock head
+        fails at a label of the ground truth beyond the classes, the error says so.
 
         Args:
-            objects (Tensor, optional): The labels of the ground truth (G,). If the
-                stock head fails at one beyond the classes, the error says so.
+            objects (Tensor, optional): The labels of the ground truth (G,).
 
         Yields:
             list[Call]: The calls so far, in their order.
@@ -243,10 +237,7 @@ def merge_calls(calls: List[Call]) -> Call:
 
 
 def object_labels(args: Iterable[Any]) -> Optional[Tensor]:
-    """Return the labels of all objects among the arguments of a stock head, (G,).
-
-    The ground truth comes as a list with an ``InstanceData`` for each image.
-    """
+    """Return the labels of all objects among the arguments of a stock head, (G,)."""
     for arg in args:
         if (
             isinstance(arg, (list, tuple))

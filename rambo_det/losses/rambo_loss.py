@@ -55,12 +55,11 @@ class RaMBOLoss(nn.Module):
 
     A term's ``span`` says which rows meet in one sequence: those of each ``'image'``,
     of the ``'batch'``, or of the batch and the last ``memory`` steps (``'memory'``,
-    class-wise term only). Which rows belong to which image the heads of this package
-    tell; where nobody does, 'image' means the batch. 'row' (pooled term only) ranks the
-    classes of each row against each other.
+    class-wise term only); 'row' (pooled term only) ranks the classes of each row. The
+    heads of this package tell the images; where nobody does, 'image' means the batch.
 
-    The defaults are the recipe of ``docs/results.md``, not the settings of the paper;
-    those are in the ``*_rambo-paper_*`` configs.
+    The defaults are the recipe of ``docs/results.md``; the settings of the paper are in
+    the ``*_rambo-paper_*`` configs.
 
     Args:
         lambd (float): λ of Algorithm 1 for terms without one of their own: how far
@@ -82,14 +81,13 @@ class RaMBOLoss(nn.Module):
             with span 'memory', 'batch' or 'image'. Missing keys default to weight 1,
             span 'batch' and the loss' ``lambd``. ``None`` switches the term off.
         pooled_ap (dict, optional): The same for the pooled term, with span 'batch',
-            'image' or 'row'. Defaults to weight 1 and span 'batch'.
+            'image' or 'row'.
         use_sigmoid (bool): Read by mmdet's heads: True means one column per class.
             False only, and always, with softmax and log_softmax. Defaults to True.
         loss_weight (float): Factor on the ranking loss. Defaults to 0.25.
         auxiliary (dict, optional): Config of a classification loss that is computed
             from the same logits and added, such as ``dict(type='CrossEntropyLoss')``.
-            It has its own ``loss_weight``, and ``use_sigmoid`` like this loss. Defaults
-            to None.
+            It has its own ``loss_weight``, and ``use_sigmoid`` like this loss.
         check_values (bool): Whether to look for NaN, labels out of range and positives
             in each step, with one device synchronisation. Defaults to True.
         perturb (str): How Algorithm 1 moves the positives of a sequence: 'together',
@@ -97,10 +95,9 @@ class RaMBOLoss(nn.Module):
             on its own by λ, with the loss that this gains as its gradient. See
             :func:`~rambo_det.functional.ap_loss`. Defaults to 'singly'.
         gather (bool, optional): Whether in distributed training the sequences of spans
-            'batch' and 'memory' hold the rows of all processes, and the means are taken
-            over the sequences of all. Then every process has to call the loss in every
-            step, else the others wait for it. Defaults to None: in the heads of this
-            package, which do so.
+            'batch' and 'memory' hold the rows of all processes. Then every process has
+            to call the loss in every step, else the others wait for it. Defaults to
+            None: in the heads of this package, which do so.
 
     Raises:
         TypeError: If an argument is unknown or has the wrong type.
@@ -281,13 +278,11 @@ class RaMBOLoss(nn.Module):
             reduction_override (str, optional): ``None``, 'mean' and 'sum' mean the
                 same; 'none' raises, since a ranking has no loss per row.
             images (Tensor | tuple[Tensor, int], optional): The image of each row,
-                integers of shape (N,); or these and the number of images, which saves
+                integers of shape (N,), or these and the number of images, which saves
                 asking the device for it. A head that gives them calls the loss in every
-                process, also without rows: with ``gather=None`` the processes then rank
-                together.
-            objects (Tensor, optional): The labels of the ground truth of the batch,
-                (G,). They are checked, not ranked: matching may turn a label beyond the
-                classes into background.
+                process, also without rows, as ``gather=None`` relies on.
+            objects (Tensor, optional): The labels of the ground truth, (G,). They are
+                checked, since matching may turn one beyond the classes into background.
 
         Returns:
             Tensor: The loss, a scalar; the ranking's part is 0 with zero gradient
