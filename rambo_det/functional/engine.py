@@ -30,61 +30,35 @@ class _Placed(NamedTuple):
 
     The positives of a sequence, highest first, leave a gap above each and one below the
     last; gaps are numbered through all sequences.
-
-    Attributes:
-        reference: See :func:`_order_keys`.
-        keys: (P,) order keys, ascending.
-        gap: (P,) number of the gap right above each positive.
-        among: (P,) rank among the positives of the sequence, 1 = highest.
-        cell: (P,) cell, see :class:`_Negatives`.
-        gaps: (cells,) number of the gap into which the negatives of a cell fall that no
-            positive shares.
-        shared: (cells,) whether there is a positive in the cell.
     """
 
-    reference: Optional[Tensor]
-    keys: Tensor
-    gap: Tensor
-    among: Tensor
-    cell: Tensor
-    gaps: Tensor
-    shared: Tensor
+    reference: Optional[Tensor]  # see _order_keys
+    keys: Tensor  # (P,) order keys, ascending
+    gap: Tensor  # (P,) number of the gap right above each positive
+    among: Tensor  # (P,) rank among the positives of the sequence, 1 = highest
+    cell: Tensor  # (P,) see _Negatives
+    gaps: Tensor  # (cells,) gap into which the negatives of an unshared cell fall
+    shared: Tensor  # (cells,) whether there is a positive in the cell
 
 
 class _Negatives(NamedTuple):
-    """The negatives that may rank above a positive of their sequence.
+    """The negatives that may rank above a positive of their sequence."""
 
-    Attributes:
-        entries: (m,) flat indices into the score matrix.
-        cell: (m,) int32 number of the bin of the sequence, through all sequences.
-        histogram: (cells,) number of negatives.
-    """
-
-    entries: Tensor
-    cell: Tensor
-    histogram: Tensor
+    entries: Tensor  # (m,) flat indices into the score matrix
+    cell: Tensor  # (m,) int32 number of the bin, through all sequences
+    histogram: Tensor  # (cells,) number of negatives
 
 
 class _Gradient(NamedTuple):
-    """The gradient of ``1 - AP`` of every sequence with respect to its scores.
+    """The gradient of ``1 - AP`` of every sequence with respect to its scores."""
 
-    Attributes:
-        rewards: (P,) gradient of the positives.
-        entries: (m,) flat indices of negatives.
-        cell: (m,) their cells.
-        values: (cells,) their gradient, cell by cell, but
-        near: (s,) for the negatives with these numbers
-        near_values: (s,) it is this.
-        sequence: (cells,) sequence of each cell.
-    """
-
-    rewards: Tensor
-    entries: Tensor
-    cell: Tensor
-    values: Tensor
-    near: Tensor
-    near_values: Tensor
-    sequence: Tensor
+    rewards: Tensor  # (P,) of the positives
+    entries: Tensor  # (m,) flat indices of negatives
+    cell: Tensor  # (m,) their cells
+    values: Tensor  # (cells,) of the negatives in a cell, but
+    near: Tensor  # (s,) for the negatives with these numbers
+    near_values: Tensor  # (s,) it is this
+    sequence: Tensor  # (cells,) sequence of each cell
 
 
 def _order_keys(ids: Tensor, scores: Tensor, reference: Optional[Tensor]) -> Tensor:
@@ -251,10 +225,8 @@ class _Solver:
     ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
         """Find where negatives stand among the positives before and after a move.
 
-        Returns:
-            The numbers (s,) of the negatives that share a cell with a positive, before
-            or after; their gaps (s,) before and after; and the new rank of each
-            positive, (P,).
+        Returns the numbers (s,) of the negatives that share a cell with a positive
+        before or after, their gaps (s,) before and after, and the new ranks (P,).
         """
         shared = before.shared | after.shared
         near = true_indices(shared.index_select(0, negatives.cell))
@@ -279,23 +251,16 @@ class _Solver:
         )
 
     def move_together(
-        self,
-        negatives: _Negatives,
-        before: _Placed,
-        near: Tensor,
-        gap: Tensor,
-        overall: Tensor,
-    ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, negatives: _Negatives, before: _Placed, *found: Tensor
+    ) -> Tuple[Tensor, ...]:
         """Algorithm 1 on the ranking of a sequence: all positives move at once.
 
-        ``near`` are the negatives that were searched for, ``gap`` their gaps, and
-        ``overall`` the ranks of the positives.
-
-        Returns:
-            ``rewards``, ``values``, ``near`` and ``near_values`` of the gradient.
+        Takes the gaps of the negatives ``near``, which were searched for, and the ranks
+        of the positives; returns ``rewards, values, near, near_values``.
         """
         # lambd * dL / d(rank / n), as n * rk+ / (P * rk^2). In floating point: the
         # product in the denominator can exceed int64.
+        _, gap, overall = found
         dtype = self.flat.dtype
         lengths = torch.cat([view.lengths() for view in self.views])
         step = lengths.to(dtype) * self.lambd_of_sequences()
@@ -316,17 +281,10 @@ class _Solver:
         return rewards, values, near, near_values
 
     def move_singly(
-        self,
-        negatives: _Negatives,
-        before: _Placed,
-        near: Tensor,
-        gap: Tensor,
-        overall: Tensor,
-    ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Algorithm 1 on the rank of each positive among the negatives, on its own.
-
-        Arguments and result are those of :meth:`move_together`.
-        """
+        self, negatives: _Negatives, before: _Placed, *found: Tensor
+    ) -> Tuple[Tensor, ...]:
+        """Algorithm 1 on the rank of each positive among the negatives, on its own."""
+        near, gap, overall = found
         dtype = self.flat.dtype
         now, gap_before = before.among, gap
         # Above all negatives, which then stand below all positives of their sequence.

@@ -11,22 +11,13 @@ Images = Union[Tensor, Tuple[Tensor, int]]
 
 
 class Rows(NamedTuple):
-    """What a call ranks.
+    """What a call ranks."""
 
-    Attributes:
-        pred: Logits (N, C), or (N, C + 1) with a background column.
-        labels: int64 labels (N,), ``IGNORED`` in rows of weight 0.
-        any_ignored: Whether a row may be ignored.
-        any_positive: Whether a row is foreground; ``None`` if nobody looked.
-        images: The image of each row, int64 (N,), and the number of images; ``None``
-            where the head does not tell.
-    """
-
-    pred: Tensor
-    labels: Tensor
-    any_ignored: bool
-    any_positive: Optional[bool]
-    images: Optional[Tuple[Tensor, int]]
+    pred: Tensor  # logits (N, C), or (N, C + 1) with a background column
+    labels: Tensor  # (N,) int64, IGNORED in rows of weight 0
+    any_ignored: bool  # whether a row may be ignored
+    any_positive: Optional[bool]  # whether a row is foreground; None if nobody looked
+    images: Optional[Tuple[Tensor, int]]  # (N,) image of each row, and their number
 
     def harmless(self, value: float = 0.0) -> Tensor:
         """Return the logits with ``value`` in ignored rows.
@@ -39,19 +30,12 @@ class Rows(NamedTuple):
 
 
 class Owner(NamedTuple):
-    """What a loss knows of a head that holds it.
+    """What a loss knows of a head that holds it."""
 
-    Attributes:
-        head: The name of its class.
-        num_classes: How many classes it has.
-        dense: Whether it is a dense head, which keeps all columns of the test scores.
-        refusal: Why its calls cannot be ranked unless they tell their images.
-    """
-
-    head: str
+    head: str  # the name of its class
     num_classes: int
-    dense: bool = False
-    refusal: Optional[str] = None
+    dense: bool = False  # dense heads keep all columns of the test scores
+    refusal: Optional[str] = None  # why calls cannot be ranked that tell no images
 
 
 def hard_labels(target: Any) -> Tensor:
