@@ -8,7 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import IterBasedTrainLoop
 
 from ..losses import SCHEDULED
-from .model import named_losses
+from .model import named_losses, require_losses
 
 _CURVES = ('linear', 'cosine', 'exponential', 'step')
 _UNITS = ('epoch', 'iteration', 'training')
@@ -18,10 +18,10 @@ _UNITS = ('epoch', 'iteration', 'training')
 class RaMBOScheduleHook(Hook):
     """Change a setting of every ``RaMBOLoss`` in the model during training.
 
-    The setting is what the config of the loss says times a factor, which is ``start``
-    before ``begin``, goes to ``end`` between ``begin`` and ``until``, and stays there.
-    The hook keeps no state: a resumed run goes on where it was. The factor is logged
-    as ``train/{param}_factor``.
+    The setting is what the config of the loss says times a factor. The factor is
+    ``start`` before ``begin``, goes to ``end`` between ``begin`` and ``until``, and
+    stays there. The hook keeps no state: a resumed run goes on where it was. The factor
+    is logged as ``train/{param}_factor``.
 
     Args:
         param (str): What changes: 'lambd' (of every term), 'margin', 'loss_weight'
@@ -36,13 +36,13 @@ class RaMBOScheduleHook(Hook):
             training.
         unit (str): What ``begin`` and ``until`` count: 'epoch', 'iteration', or
             'training', of which they are shares from 0 to 1. Epochs may be fractions:
-            the factor changes every iteration in all cases. Defaults to 'epoch'.
+            the factor changes in every iteration. Defaults to 'epoch'.
 
     Raises:
         ValueError: If an argument is out of range, if nothing in the model could change
             (no ``RaMBOLoss``, an infinite ``lambd``, a margin or weight of 0, no
-            auxiliary loss), if two hooks change one setting, or if the training knows
-            no epochs although ``begin`` or ``until`` does.
+            auxiliary loss), if two hooks change one setting, or if ``begin`` or
+            ``until`` counts epochs and the training loop does not.
 
     Example:
         λ falls from 100 to 1 where the loss has ``lambd=1.0, perturb='together'``::
@@ -64,25 +64,27 @@ class RaMBOScheduleHook(Hook):
         unit: str = 'epoch',
     ) -> None:
         name = type(self).__name__
-        if param not in SCHEDULED:
-            raise ValueError(f'{name}: param must be one of {SCHEDULED}, got {param!r}')
-        if curve not in _CURVES:
-            raise ValueError(f'{name}: curve must be one of {_CURVES}, got {curve!r}')
+        for key, value, known in (
+            ('param', param, SCHEDULED),
+            ('curve', curve, _CURVES),
+            ('unit', unit, _UNITS),
+        ):
+            if value not in known:
+                raise ValueError(f'{name}: {key} must be one of {known}, got {value!r}')
         positive = param == 'lambd' or curve == 'exponential'
-        for factor in (start, end):
-            if not 0 <= factor < math.inf or (positive and factor == 0):
-                raise ValueError(
-                    f'{name}: start and end must be finite factors '
-                    f'{"> 0" if positive else ">= 0"} of {param} with curve={curve!r}, '
-                    f'got start={start!r}, end={end!r}'
-                )
+        if not all(0 <= factor < math.inf for factor in (start, end)) or (
+            positive and 0 in (start, end)
+        ):
+            raise ValueError(
+                f'{name}: start and end must be finite factors '
+                f'{"> 0" if positive else ">= 0"} of {param} with curve={curve!r}, '
+                f'got start={start!r}, end={end!r}'
+            )
         if begin < 0 or (until is not None and until < begin):
             raise ValueError(
                 f'{name}: expected 0 <= begin <= until, got begin={begin!r}, '
                 f'until={until!r}'
             )
-        if unit not in _UNITS:
-            raise ValueError(f'{name}: unit must be one of {_UNITS}, got {unit!r}')
         if unit == 'training' and max(begin, until or 0) > 1:
             raise ValueError(
                 f"{name}: with unit='training', begin and until are shares of the "
@@ -106,25 +108,23 @@ class RaMBOScheduleHook(Hook):
             ValueError: If there are no epochs although ``begin`` or ``until`` counts
                 them.
         """
-        length = 1.0
-        if self.unit == 'training':
-            length = num_iterations
-        elif self.unit == 'epoch' and (self.begin or self.until is not None):
-            if epoch_length is None:
+        lengths = dict(training=num_iterations, iteration=1, epoch=epoch_length)
+        length = lengths[self.unit]
+        if length is None:
+            if self.begin or self.until is not None:
                 raise ValueError(
                     f'{type(self).__name__}: the training loop counts no epochs; set '
                     "unit='iteration' or 'training' and give begin and until in it, "
                     f'got begin={self.begin!r}, until={self.until!r}'
                 )
-            length = epoch_length
+            length = 1
         # Rounded: 0.07 of 100 is 7, not a little more.
         begin = round(self.begin * length, 6)
         last = num_iterations if self.until is None else self.until * length
-        until = round(last, 6)
         if self.curve == 'step':
             return self.end if iteration >= begin else self.start
         # The last iteration of the interval has the end.
-        progress = (iteration - begin) / max(until - 1 - begin, 1)
+        progress = (iteration - begin) / max(round(last, 6) - 1 - begin, 1)
         progress = min(max(progress, 0.0), 1.0)
         if self.curve == 'exponential':
             return self.start * (self.end / self.start) ** progress
@@ -133,18 +133,13 @@ class RaMBOScheduleHook(Hook):
         return self.start + (self.end - self.start) * progress
 
     def before_train(self, runner: Any) -> None:
-        """Look whether there is something to change, and nobody else who does.
+        """Check that the hook changes something, and that no other hook does.
 
         Raises:
             ValueError: If not.
         """
-        name = type(self).__name__
-        losses = named_losses(runner).values()
-        if not losses:
-            raise ValueError(
-                f'{name}: the model has no RaMBOLoss whose {self.param} could change; '
-                'remove the hook from custom_hooks or use the loss'
-            )
+        name, purpose = type(self).__name__, f'whose {self.param} could change'
+        losses = require_losses(self, runner, purpose).values()
         if self.param == 'lambd' and any(
             math.isinf(term.lambd) for loss in losses for term in loss.terms
         ):
@@ -152,9 +147,8 @@ class RaMBOScheduleHook(Hook):
                 f'{name}: lambd is infinite, as by default, so that a factor cannot '
                 'change it; give the loss a finite lambd'
             )
-        # A factor of what is absent or 0 changes nothing.
         values = [getattr(loss, self.param) for loss in losses]
-        if not any(values):
+        if not any(values):  # each is absent or 0
             raise ValueError(
                 f'{name}: the RaMBOLoss of the model has {self.param}={values[0]!r}, '
                 'which no factor changes; give the loss the value to be reached, or '
