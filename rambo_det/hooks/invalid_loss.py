@@ -1,7 +1,7 @@
 """Stop a training whose loss is NaN, and say which images did it."""
 
 import math
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Tuple
 
 import torch
 from mmdet.registry import HOOKS
@@ -104,7 +104,7 @@ class InvalidLossHook(Hook):
         self._steps: List[_Step] = []
 
     def before_train_iter(
-        self, runner: Any, batch_idx: int, data_batch: Optional[Any] = None
+        self, runner: Any, batch_idx: int, data_batch: Any = None
     ) -> None:
         """Stop before a step whose boxes would make the loss NaN."""
         bad = self.check_boxes and _bad_boxes(_samples(data_batch), only_cpu=True)
@@ -119,11 +119,7 @@ class InvalidLossHook(Hook):
             )
 
     def after_train_iter(
-        self,
-        runner: Any,
-        batch_idx: int,
-        data_batch: Optional[Any] = None,
-        outputs: Optional[Dict[str, Any]] = None,
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         """Keep the losses; read them every ``interval`` iterations.
 

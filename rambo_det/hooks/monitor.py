@@ -1,6 +1,6 @@
 """What a user needs to see when ranking does not train."""
 
-from typing import Any, Dict, List, Optional, Set, Tuple
+from typing import Any, Dict, List, Set, Tuple
 
 import torch
 from mmdet.registry import HOOKS
@@ -130,22 +130,14 @@ class RaMBOMonitorHook(Hook):
         """Check that there is something to monitor."""
         require_losses(self, runner, 'to monitor')
 
-    def before_train_iter(
-        self, runner: Any, batch_idx: int, data_batch: Optional[Any] = None
-    ) -> None:
+    def before_train_iter(self, runner: Any, *_: Any, **__: Any) -> None:
         """Watch the losses, every ``interval`` iterations."""
         self._stop()  # in case that the preceding iteration raised
         if self.every_n_train_iters(runner, self.interval):
             losses = named_losses(runner)
             self._watches = {name: _Watch(loss) for name, loss in losses.items()}
 
-    def after_train_iter(
-        self,
-        runner: Any,
-        batch_idx: int,
-        data_batch: Optional[Any] = None,
-        outputs: Optional[Any] = None,
-    ) -> None:
+    def after_train_iter(self, runner: Any, *_: Any, **__: Any) -> None:
         """Log what was seen."""
         watches = self._watches
         self._stop()

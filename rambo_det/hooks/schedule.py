@@ -165,9 +165,7 @@ class RaMBOScheduleHook(Hook):
                 'count; leave one of them in custom_hooks'
             )
 
-    def before_train_iter(
-        self, runner: Any, batch_idx: int, data_batch: Optional[Any] = None
-    ) -> None:
+    def before_train_iter(self, runner: Any, *_: Any, **__: Any) -> None:
         """Set the factor for the coming iteration and log it."""
         length = None
         if not isinstance(runner.train_loop, IterBasedTrainLoop):  # has no epochs

@@ -10,12 +10,7 @@ from ..functional import Ranking
 
 
 class Received(NamedTuple):
-    """What all processes have sent.
-
-    Attributes:
-        numbers: The numbers of each process.
-        columns: For each column the parts of all processes, in their order.
-    """
+    """What all processes have sent: the numbers of each, the parts of each column."""
 
     numbers: List[List[int]]
     columns: List[List[Tensor]]
@@ -62,11 +57,7 @@ class Exchange:
         )
 
     def refuse(self, device: torch.device) -> None:
-        """Tell the other processes, which wait, that this one is about to raise.
-
-        Args:
-            device: Where its tensors are.
-        """
+        """Tell the other processes, which wait, that this one is about to raise."""
         numbers = torch.zeros(self._count, dtype=torch.int64, device=device)
         _all_headers(numbers, failed=True)
 
@@ -137,15 +128,11 @@ class Step(NamedTuple):
     ) -> List[Tensor]:
         """Return each ranking's mean over the sequences of all processes.
 
-        Sequences without a positive do not count. The gradient of the loss over all
-        rows is the sum over the processes, and ``DistributedDataParallel`` averages:
-        hence the factor on the gradient. The value has it too where it is the sum over
-        a process' own sequences: the average of what the processes report is the loss.
-
-        Args:
-            rankings: What was ranked.
-            results: For each sequence its loss, 0 without a positive, and whether it
-                has one.
+        The results are for each sequence its loss and whether it has a positive; those
+        without one have loss 0 and do not count. The gradient of the loss over all rows
+        is the sum over the processes, and ``DistributedDataParallel`` averages: hence
+        the factor on the gradient. The value has it too where it is the sum over a
+        process' own sequences: the average of what the processes report is the loss.
         """
         means = []
         for number, (ranking, (losses, present)) in enumerate(zip(rankings, results)):
@@ -173,16 +160,8 @@ def gather_step(
     Rows are sent only if a ranking has no groups. For a ranking with groups it is
     enough to know how many sequences the other processes have.
 
-    Random shifts are drawn afterwards, for all rows and for the memory. The generators
-    have the first process' seed, so that all processes rank the same shifted scores.
-
-    Args:
-        exchange: What sends the rows.
-        scores: (N, C) scores of this process.
-        labels: (N,) labels, negative where a row is ignored.
-        rankings: Rankings of these rows.
-        any_ignored: Whether a row may be ignored.
-        noise: Whether random numbers will be drawn.
+    With ``noise``, random shifts will be drawn for all rows and for the memory. The
+    generator has the first process' seed: all processes rank the same shifted scores.
     """
     seed = int(torch.randint(2**62, ())) if noise else 0
     counts = [_count_present(labels, ranking, scores.size(1)) for ranking in rankings]
