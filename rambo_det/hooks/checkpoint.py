@@ -100,12 +100,10 @@ class SafeCheckpointHook(CheckpointHook):
         spare.unlink(missing_ok=True)
         self.file_backend.remove_now()
 
-    def _save_checkpoint_with_step(
-        self, runner: Any, *args: Any, **kwargs: Any
-    ) -> None:
+    def _save_checkpoint_with_step(self, runner: Any, step: int, meta: Any) -> None:
         with self._nothing_lost(runner):
-            super()._save_checkpoint_with_step(runner, *args, **kwargs)
+            super()._save_checkpoint_with_step(runner, step, meta)
 
-    def _save_best_checkpoint(self, runner: Any, *args: Any, **kwargs: Any) -> None:
+    def _save_best_checkpoint(self, runner: Any, metrics: Any) -> None:
         with self._nothing_lost(runner):
-            super()._save_best_checkpoint(runner, *args, **kwargs)
+            super()._save_best_checkpoint(runner, metrics)

@@ -5,7 +5,7 @@ import random
 import zipfile
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -28,16 +28,12 @@ def random_state() -> Dict[str, Any]:
     version, words, gauss = random.getstate()
     numpy: Any = np.random.get_state()
     _, keys, position, has_gauss, cached = numpy
-    state = dict(
+    state: Dict[str, Any] = dict(
         python=dict(version=version, words=torch.tensor(words), gauss=gauss),
-        numpy=dict(
-            keys=torch.from_numpy(keys.astype(np.int64)),
-            position=position,
-            has_gauss=has_gauss,
-            cached=cached,
-        ),
+        numpy=dict(position=position, has_gauss=has_gauss, cached=cached),
         torch=torch.get_rng_state(),
     )
+    state['numpy']['keys'] = torch.from_numpy(keys.astype(np.int64))
     if torch.cuda.is_initialized():
         state['cuda'] = torch.cuda.get_rng_state()
     return state
@@ -69,9 +65,6 @@ class _AfterSkipping:
 
     def skip_iter(self, number: int) -> None:
         self._batches.skip_iter(number)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
 
     def __next__(self) -> Any:
         if self._skipped == 0:
@@ -222,13 +215,12 @@ class ExactResumeHook(Hook):
                 'For exact resuming set persistent_workers=False or num_workers=0 in '
                 'train_dataloader'
             )
-        length = len(loader)
-        iterations = isinstance(runner.train_loop, IterBasedTrainLoop)
-        if self._restored is not None and not iterations and runner.iter % length:
+        by_epoch = not isinstance(runner.train_loop, IterBasedTrainLoop)
+        if self._restored is not None and by_epoch and runner.iter % len(loader):
             runner.logger.warning(
                 f'{type(self).__name__}: the checkpoint was saved at iteration '
-                f'{runner.iter}, within an epoch of {length}, which mmengine starts '
-                'from its beginning. For exact resuming save by epoch'
+                f'{runner.iter}, within an epoch of {len(loader)}, which mmengine '
+                'starts from its beginning. For exact resuming save by epoch'
             )
 
     def before_train_epoch(self, runner: Any) -> None:
@@ -250,11 +242,10 @@ class ExactResumeHook(Hook):
 def _seeded_sampler(runner: Any) -> Optional[Any]:
     """Return the sampler of the training data that has a seed, if one has."""
     loader = runner.train_loop.dataloader
-    owners = (loader, loader.batch_sampler)
-    samplers = [getattr(owner, 'sampler', None) for owner in owners]
-    return next(
-        (s for s in samplers if isinstance(getattr(s, 'seed', None), int)), None
-    )
+    for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
+        if isinstance(getattr(sampler, 'seed', None), int):
+            return sampler
+    return None
 
 
 def _check_file(path: str, work_dir: str) -> None:

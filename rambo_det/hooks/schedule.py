@@ -64,22 +64,20 @@ class RaMBOScheduleHook(Hook):
         unit: str = 'epoch',
     ) -> None:
         name = type(self).__name__
-        for key, value, known in (
-            ('param', param, SCHEDULED),
-            ('curve', curve, _CURVES),
-            ('unit', unit, _UNITS),
-        ):
-            if value not in known:
-                raise ValueError(f'{name}: {key} must be one of {known}, got {value!r}')
+        if param not in SCHEDULED:
+            raise ValueError(f'{name}: param must be one of {SCHEDULED}, got {param!r}')
+        if curve not in _CURVES:
+            raise ValueError(f'{name}: curve must be one of {_CURVES}, got {curve!r}')
+        if unit not in _UNITS:
+            raise ValueError(f'{name}: unit must be one of {_UNITS}, got {unit!r}')
         positive = param == 'lambd' or curve == 'exponential'
-        if not all(0 <= factor < math.inf for factor in (start, end)) or (
-            positive and 0 in (start, end)
-        ):
-            raise ValueError(
-                f'{name}: start and end must be finite factors '
-                f'{"> 0" if positive else ">= 0"} of {param} with curve={curve!r}, '
-                f'got start={start!r}, end={end!r}'
-            )
+        for factor in (start, end):
+            if not 0 <= factor < math.inf or (positive and factor == 0):
+                raise ValueError(
+                    f'{name}: start and end must be finite factors '
+                    f'{"> 0" if positive else ">= 0"} of {param} with curve={curve!r}, '
+                    f'got start={start!r}, end={end!r}'
+                )
         if begin < 0 or (until is not None and until < begin):
             raise ValueError(
                 f'{name}: expected 0 <= begin <= until, got begin={begin!r}, '
@@ -97,27 +95,22 @@ class RaMBOScheduleHook(Hook):
     def factor(
         self, iteration: int, num_iterations: int, epoch_length: Optional[float] = None
     ) -> float:
-        """Return the factor of one iteration, counted from 0.
+        """Return the factor of one iteration.
 
         Args:
-            iteration (int): The iteration.
+            iteration (int): The iteration, counted from 0.
             num_iterations (int): Iterations of the whole training.
-            epoch_length (float, optional): Iterations in an epoch.
-
-        Raises:
-            ValueError: If there are no epochs although ``begin`` or ``until`` counts
-                them.
+            epoch_length (float, optional): Iterations in an epoch, if there are epochs.
         """
         lengths = dict(training=num_iterations, iteration=1, epoch=epoch_length)
         length = lengths[self.unit]
-        if length is None:
-            if self.begin or self.until is not None:
-                raise ValueError(
-                    f'{type(self).__name__}: the training loop counts no epochs; set '
-                    "unit='iteration' or 'training' and give begin and until in it, "
-                    f'got begin={self.begin!r}, until={self.until!r}'
-                )
-            length = 1
+        if length is None and (self.begin or self.until is not None):
+            raise ValueError(
+                f'{type(self).__name__}: the training loop counts no epochs; set '
+                "unit='iteration' or 'training' and give begin and until in it, "
+                f'got begin={self.begin!r}, until={self.until!r}'
+            )
+        length = length or 1
         # Rounded: 0.07 of 100 is 7, not a little more.
         begin = round(self.begin * length, 6)
         last = num_iterations if self.until is None else self.until * length
@@ -133,11 +126,7 @@ class RaMBOScheduleHook(Hook):
         return self.start + (self.end - self.start) * progress
 
     def before_train(self, runner: Any) -> None:
-        """Check that the hook changes something, and that no other hook does.
-
-        Raises:
-            ValueError: If not.
-        """
+        """Check that this hook changes something that no other hook changes."""
         name, purpose = type(self).__name__, f'whose {self.param} could change'
         losses = require_losses(self, runner, purpose).values()
         if self.param == 'lambd' and any(
@@ -154,12 +143,8 @@ class RaMBOScheduleHook(Hook):
                 'which no factor changes; give the loss the value to be reached, or '
                 'remove the hook'
             )
-        if any(
-            isinstance(hook, RaMBOScheduleHook)
-            and hook is not self
-            and hook.param == self.param
-            for hook in runner.hooks
-        ):
+        schedules = [h for h in runner.hooks if isinstance(h, RaMBOScheduleHook)]
+        if [schedule.param for schedule in schedules].count(self.param) > 1:
             raise ValueError(
                 f'{name}: two hooks change {self.param}, and only the last one would '
                 'count; leave one of them in custom_hooks'

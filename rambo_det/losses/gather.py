@@ -42,7 +42,7 @@ class Exchange:
             RuntimeError: If another process called :meth:`refuse` instead.
         """
         rows = len(columns[0]) if columns else 0
-        headers = _all_headers(numbers, rows=rows)
+        headers = _all_headers(numbers, False, rows)
         failed = [str(rank) for rank, (fails, *_) in enumerate(headers) if fails]
         if failed:
             raise RuntimeError(
@@ -59,12 +59,10 @@ class Exchange:
     def refuse(self, device: torch.device) -> None:
         """Tell the other processes, which wait, that this one is about to raise."""
         numbers = torch.zeros(self._count, dtype=torch.int64, device=device)
-        _all_headers(numbers, failed=True)
+        _all_headers(numbers, True, 0)
 
 
-def _all_headers(
-    numbers: Tensor, rows: int = 0, failed: bool = False
-) -> List[List[int]]:
+def _all_headers(numbers: Tensor, failed: bool, rows: int) -> List[List[int]]:
     """Return for each process whether it failed, how many rows it has, its numbers."""
     header = torch.cat([numbers.new_tensor([failed, rows]), numbers])
     return torch.stack(list(all_gather(header))).tolist()
@@ -176,27 +174,20 @@ def gather_step(
         columns = [scores, labels]
     received = exchange(numbers, columns)
     seeds, *found = zip(*received.numbers)
-    step = Step(
-        scores,
-        labels,
-        any_ignored,
-        kept=kept,
-        processes=len(seeds),
-        present=[sum(counts) for counts in found],
-    )
+    present = [sum(counts) for counts in found]
+    step = Step(scores, labels, any_ignored, 0, kept, len(seeds), present)
     if not columns:
         return step
     all_scores, all_labels = received.columns
     rank = get_rank()
     all_scores[rank] = scores  # which has a gradient
-    generator = None
     if noise:
         generator = torch.Generator(scores.device).manual_seed(seeds[0])
+        step = step._replace(generator=generator)
     return step._replace(
         scores=torch.cat(all_scores),
         labels=torch.cat(all_labels),
         first=sum(map(len, all_labels[:rank])),
-        generator=generator,
     )
 
 

@@ -17,10 +17,11 @@ class ScoreMemory:
     tensors of fixed shapes only.
 
     Args:
-        length: How many steps are remembered; 0 for none.
+        length: How many steps are remembered at most.
     """
 
     def __init__(self, length: int) -> None:
+        self.length = length
         self._steps: Deque[Tuple[Tensor, Tensor]] = deque(maxlen=length)
         self._idle_copy = False
         self._shared = False
@@ -33,11 +34,6 @@ class ScoreMemory:
         copied._steps.extend((s.clone(), labels.clone()) for s, labels in self._steps)
         copied._idle_copy, copied._shared = True, self._shared
         return copied
-
-    @property
-    def length(self) -> int:
-        """How many steps are remembered at most."""
-        return self._steps.maxlen or 0
 
     @property
     def saved(self) -> bool:
@@ -80,10 +76,8 @@ class ScoreMemory:
 
     def state(self) -> Dict[str, Any]:
         """Return tensors and plain values, the oldest step first."""
-        state: Dict[str, Any] = dict(
-            scores=[scores for scores, _ in self._steps],
-            labels=self.labels,
-        )
+        scores = [scores for scores, _ in self._steps]
+        state: Dict[str, Any] = dict(scores=scores, labels=self.labels)
         rank, processes = get_dist_info()
         if processes > 1 and not self._shared:  # each remembers its own images
             state.update(rank=rank, processes=processes)
