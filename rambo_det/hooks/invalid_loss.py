@@ -75,15 +75,13 @@ class InvalidLossHook(Hook):
     nothing. This hook names the losses, the images of the first iteration in which one
     was not finite, and their boxes.
 
-    With mixed precision, gradients of the scaled loss may be inf in some steps, which
-    the scaler skips. That is no error here: the losses themselves are not scaled.
+    Infinite gradients are no error: with mixed precision, the scaler skips such steps.
 
     Args:
         interval (int): Losses are read every so many iterations, at the end, and before
-            a checkpoint. Reading waits for the GPU; 1 adds no wait where mmengine's
-            ``RuntimeInfoHook`` runs, as by default, since it reads all losses in each
-            iteration. The message names the right images with any interval. Defaults
-            to 1.
+            a checkpoint. Reading waits for the GPU; so does mmengine's
+            ``RuntimeInfoHook`` in each iteration. The message names the right images
+            with any interval. Defaults to 1.
         check_boxes (bool): Whether boxes are checked. Switch it off for a loss that
             such boxes do no harm. Defaults to True.
 
@@ -92,8 +90,8 @@ class InvalidLossHook(Hook):
         FloatingPointError: If a loss is not finite.
 
     Example:
-        In ``default_hooks``, which configs that inherit this one add to, unlike the
-        list ``custom_hooks``, which they replace::
+        In ``default_hooks``, since configs that inherit this one replace the list
+        ``custom_hooks``::
 
             default_hooks = dict(invalid_loss=dict(type='InvalidLossHook'))
     """

@@ -25,8 +25,7 @@ class _Watch:
         self.negatives: List[Tensor] = []
         self.classes: Set[int] = set()
         self.num_classes = 0
-        self.differentiated = 0
-        self.without_gradient = 0
+        self.gradients: List[Tensor] = []  # of the positives
         self._handles = [
             loss.ranked.register_forward_hook(self.see),
             loss.register_forward_hook(self.after_call),
@@ -48,12 +47,7 @@ class _Watch:
         if not scores.requires_grad:
             return output
         scores = scores.view_as(scores)
-
-        def count(gradient: Tensor) -> None:
-            self.differentiated += int(positive.sum())
-            self.without_gradient += int((gradient[positive] == 0).sum())
-
-        scores.register_hook(count)
+        scores.register_hook(lambda grad: self.gradients.append(grad[positive]))
         return scores, labels
 
     def after_call(self, *_: Any) -> None:
@@ -88,9 +82,10 @@ class _Watch:
             result['negative_max'] = float(negatives.max())
         for name, values in self.precisions.items():
             result[name] = sum(values) / len(values)
+        gradients = torch.cat([positives[:0], *self.gradients])
         # Nothing has a gradient while a schedule sets the ranking's weight to 0.
-        if self.differentiated and self.loss.factors['loss_weight']:
-            result['zero_grad_share'] = self.without_gradient / self.differentiated
+        if len(gradients) and self.loss.factors['loss_weight']:
+            result['zero_grad_share'] = float((gradients == 0).double().mean())
         return result
 
 

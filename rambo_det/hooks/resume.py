@@ -81,8 +81,7 @@ class ExactResumeHook(Hook):
     memory of the first process' :class:`~rambo_det.losses.RaMBOLoss`. This hook adds
     the random states of Python, NumPy, PyTorch and the GPU, the seed that shuffles the
     data, and the memories of the other processes. It also keeps the validation from
-    changing the random states. It refuses to resume from a file that is truncated or
-    missing, and into a model of other shapes.
+    changing the random states.
 
     A training with deterministic operations then ends with the same weights, bit for
     bit, if it is resumed from a checkpoint between epochs (or, with
@@ -92,6 +91,10 @@ class ExactResumeHook(Hook):
 
     ``load_from`` without ``resume`` starts another training: nothing is restored, and
     the score memory is left empty.
+
+    Raises:
+        FileNotFoundError: If there is no file to resume from.
+        ValueError: If the file is truncated, or does not fit the model.
 
     Example:
         In a config::
@@ -130,7 +133,7 @@ class ExactResumeHook(Hook):
         self._gather(runner)
 
     def after_train_iter(self, runner: Any, *_: Any, **__: Any) -> None:
-        """Collect what a checkpoint after this iteration holds, if there is one."""
+        """Collect what a checkpoint after this iteration holds, if one follows."""
         if checkpoint_is_due(runner):
             self._gather(runner)
 
@@ -156,23 +159,14 @@ class ExactResumeHook(Hook):
     # Resuming
 
     def before_run(self, runner: Any) -> None:
-        """Check the file that will be resumed from.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it is not a complete checkpoint.
-        """
+        """Check the file that will be resumed from."""
         if runner._resume:
             path = runner._load_from or find_latest_checkpoint(runner.work_dir)
             if path is not None and '://' not in path:
                 _check_file(path, runner.work_dir)
 
     def after_load_checkpoint(self, runner: Any, checkpoint: Dict[str, Any]) -> None:
-        """Take the states out, for the first epoch.
-
-        Raises:
-            ValueError: If the weights are not those of the model.
-        """
+        """Check the weights, and take the states out for the first epoch."""
         memories = [f'{name}._extra_state' for name in named_losses(runner)]
         if not runner._resume:
             for key in memories:
