@@ -18,7 +18,7 @@ class _WholeFiles(LocalBackend):
     """Writes files atomically, and removes files only when it is told to."""
 
     def __init__(self) -> None:
-        self._files: List[Tuple[str, int]] = []
+        self.removed: List[Tuple[str, int]] = []
 
     def put(self, obj: bytes, filepath: Union[str, Path]) -> None:
         path = Path(filepath)
@@ -35,13 +35,13 @@ class _WholeFiles(LocalBackend):
             raise
 
     def remove(self, filepath: str) -> None:
-        self._files.append((filepath, os.stat(filepath).st_ino))
+        self.removed.append((filepath, os.stat(filepath).st_ino))
 
     def remove_now(self) -> None:
-        for path, inode in self._files:
+        for path, inode in self.removed:
             if os.stat(path).st_ino == inode:  # else it has been written anew
                 os.remove(path)
-        self._files.clear()
+        self.removed.clear()
 
 
 register_backend(_BACKEND, _WholeFiles, force=True)
@@ -96,6 +96,7 @@ class SafeCheckpointHook(CheckpointHook):
         except BaseException:
             if spare.exists():
                 os.replace(spare, pointer)  # takes no room, unlike writing it again
+            self.file_backend.removed.clear()
             raise
         spare.unlink(missing_ok=True)
         self.file_backend.remove_now()
