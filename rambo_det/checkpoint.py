@@ -9,13 +9,7 @@ _HISTORY_METHODS = ('min', 'max', 'mean', 'current')
 
 
 def _getattr(owner: type, name: str) -> object:
-    """Stand in for ``getattr`` while unpickling: only what mmengine itself writes.
-
-    The real ``getattr`` would let a crafted checkpoint reach any function.
-
-    Raises:
-        TypeError: If anything but a statistics method of ``HistoryBuffer`` is asked.
-    """
+    """Stand in for ``getattr``, which would give a checkpoint any function."""
     if owner is not HistoryBuffer or name not in _HISTORY_METHODS:
         raise TypeError(
             f'refusing to load getattr({owner!r}, {name!r}) from a checkpoint: only '
@@ -27,17 +21,15 @@ def _getattr(owner: type, name: str) -> object:
 def allow_mmengine_checkpoints() -> None:
     """Allow-list the classes in mmengine's checkpoints for ``torch.load``.
 
-    Since PyTorch 2.6 ``torch.load`` reads weights only by default, and mmengine 0.10
-    calls it that way on files that also hold its log history; resuming and testing
-    then stop with an ``UnpicklingError``. Only plain data classes (NumPy arrays and
-    scalars, ``HistoryBuffer``) are allowed, so files from strangers stay safe to load.
-    Does nothing on older PyTorch. Safe to call repeatedly.
+    Since PyTorch 2.6 ``torch.load`` reads weights only by default. mmengine 0.10 calls
+    it that way on files that also hold its log history: resuming and testing stop with
+    an ``UnpicklingError``. Only data classes (NumPy arrays and scalars,
+    ``HistoryBuffer``) are allowed. Does nothing with an older PyTorch, nor when it is
+    called again.
     """
-    add_safe_globals = getattr(torch.serialization, 'add_safe_globals', None)
-    major, minor = (int(part) for part in torch.__version__.split('.')[:2])
-    if add_safe_globals is None or (major, minor) < (2, 6):
+    if tuple(map(int, torch.__version__.split('.')[:2])) < (2, 6):
         return
-    # Their module has moved in NumPy 2, so ask the objects that are rebuilt by them.
+    # NumPy 2 has moved these functions, so ask objects that they rebuild.
     reconstruct = np.empty(0).__reduce__()[0]
     scalar = np.float64(0).__reduce__()[0]
     dtypes = (np.bool_, np.int32, np.int64, np.float32, np.float64)
@@ -48,8 +40,8 @@ def allow_mmengine_checkpoints() -> None:
         *{type(np.dtype(dtype)) for dtype in dtypes},
         (_getattr, 'builtins.getattr'),
     ]
-    # A file written with NumPy 1 is read with NumPy 2, and the reverse.
+    # Files that were written with NumPy 1 can be read with NumPy 2, and the reverse.
     for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
         allowed.append((reconstruct, f'{module}._reconstruct'))
         allowed.append((scalar, f'{module}.scalar'))
-    add_safe_globals(allowed)
+    torch.serialization.add_safe_globals(allowed)

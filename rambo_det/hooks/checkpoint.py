@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all."""
+"""Checkpoints that are written atomically."""
 
 import os
 import shutil
@@ -15,7 +15,10 @@ _BACKEND = 'rambo_det_whole_files'
 
 
 class _WholeFiles(LocalBackend):
-    """Writes a file under another name first, and renames it when it is on disk."""
+    """Writes files atomically, and removes files only when it is told to."""
+
+    def __init__(self) -> None:
+        self.removed: List[Tuple[str, int]] = []
 
     def put(self, obj: bytes, filepath: Union[str, Path]) -> None:
         path = Path(filepath)
@@ -31,39 +34,28 @@ class _WholeFiles(LocalBackend):
             unfinished.unlink(missing_ok=True)
             raise
 
+    def remove(self, filepath: str) -> None:
+        self.removed.append((filepath, os.stat(filepath).st_ino))
+
+    def remove_now(self) -> None:
+        for path, inode in self.removed:
+            if os.stat(path).st_ino == inode:  # else it has been written anew
+                os.remove(path)
+        self.removed.clear()
+
 
 register_backend(_BACKEND, _WholeFiles, force=True)
 
 
-class _RemovingLater:
-    """A file backend that takes note of the files to remove, to do it later."""
-
-    def __init__(self, backend: Any) -> None:
-        self._backend = backend
-        self._files: List[Tuple[str, int]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def remove(self, path: str) -> None:
-        self._files.append((path, os.stat(path).st_ino))
-
-    def remove_now(self) -> None:
-        for path, inode in self._files:
-            if os.stat(path).st_ino == inode:  # else it has been written anew
-                self._backend.remove(path)
-
-
 @HOOKS.register_module()
 class SafeCheckpointHook(CheckpointHook):
-    """mmengine's ``CheckpointHook``, safe against a full disk and a kill.
+    """mmengine's ``CheckpointHook``, which writes checkpoints atomically.
 
-    mmengine writes over the file in place, and with ``max_keep_ckpts`` it deletes the
-    oldest checkpoint before the new one is written; where writing fails, nothing may
-    be left to resume from. Here a checkpoint is written under another name and
-    renamed when it is complete, older ones are deleted afterwards, and
-    ``last_checkpoint`` keeps naming the previous one until then. It takes the room of
-    one more checkpoint.
+    mmengine writes files in place, and with ``max_keep_ckpts`` it deletes the oldest
+    checkpoint before it writes the new one. If writing fails, there may be nothing left
+    to resume from. This hook writes a checkpoint under another name, renames it when it
+    is complete, and only then deletes older ones. If writing fails, ``last_checkpoint``
+    names the previous one. It needs room for one more checkpoint.
 
     Arguments are those of ``CheckpointHook``, for local files only.
 
@@ -78,8 +70,6 @@ class SafeCheckpointHook(CheckpointHook):
             )
     """
 
-    file_backend: Any
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         for name in ('backend_args', 'file_client_args'):
             if kwargs.get(name) is not None:
@@ -93,7 +83,7 @@ class SafeCheckpointHook(CheckpointHook):
 
     @contextmanager
     def _nothing_lost(self, runner: Any) -> Iterator[None]:
-        """Remove files at the end, and nothing where saving fails."""
+        """Remove files when saving has succeeded; undo ``last_checkpoint`` else."""
         if not is_main_process():  # the others neither save nor remove
             yield
             return
@@ -101,25 +91,20 @@ class SafeCheckpointHook(CheckpointHook):
         spare = pointer.with_name(pointer.name + '.previous')
         if pointer.exists():
             shutil.copy(str(pointer), str(spare))
-        backend = self.file_backend
-        self.file_backend = later = _RemovingLater(backend)
         try:
             yield
         except BaseException:
             if spare.exists():
                 os.replace(spare, pointer)  # takes no room, unlike writing it again
+            self.file_backend.removed.clear()
             raise
-        finally:
-            self.file_backend = backend
         spare.unlink(missing_ok=True)
-        later.remove_now()
+        self.file_backend.remove_now()
 
-    def _save_checkpoint_with_step(
-        self, runner: Any, *args: Any, **kwargs: Any
-    ) -> None:
+    def _save_checkpoint_with_step(self, runner: Any, step: int, meta: Any) -> None:
         with self._nothing_lost(runner):
-            super()._save_checkpoint_with_step(runner, *args, **kwargs)
+            super()._save_checkpoint_with_step(runner, step, meta)
 
-    def _save_best_checkpoint(self, runner: Any, *args: Any, **kwargs: Any) -> None:
+    def _save_best_checkpoint(self, runner: Any, metrics: Any) -> None:
         with self._nothing_lost(runner):
-            super()._save_best_checkpoint(runner, *args, **kwargs)
+            super()._save_best_checkpoint(runner, metrics)

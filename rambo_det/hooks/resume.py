@@ -1,20 +1,21 @@
 """Exact resuming: the states that mmengine leaves out of a checkpoint."""
 
+import os
 import random
 import zipfile
+from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
 from mmdet.registry import HOOKS
 from mmengine.dist import all_gather_object, get_rank, get_world_size
-from mmengine.hooks import CheckpointHook, Hook
-from mmengine.model import is_model_wrapper
+from mmengine.hooks import Hook
 from mmengine.runner import IterBasedTrainLoop, find_latest_checkpoint
 from torch import Tensor
 
-from .model import named_losses
+from .model import bare_model, checkpoint_is_due, named_losses
 
 KEY = 'exact_resume'
 
@@ -25,19 +26,14 @@ def random_state() -> Dict[str, Any]:
     They are those of Python, NumPy, PyTorch and the current GPU.
     """
     version, words, gauss = random.getstate()
-    # Typed as if it could be a dictionary, which it is for legacy=False only.
-    numpy: Tuple[Any, ...] = np.random.get_state()  # type: ignore[assignment]
+    numpy: Any = np.random.get_state()
     _, keys, position, has_gauss, cached = numpy
-    state = dict(
+    state: Dict[str, Any] = dict(
         python=dict(version=version, words=torch.tensor(words), gauss=gauss),
-        numpy=dict(
-            keys=torch.from_numpy(keys.astype(np.int64)),
-            position=int(position),
-            has_gauss=int(has_gauss),
-            cached=float(cached),
-        ),
+        numpy=dict(position=position, has_gauss=has_gauss, cached=cached),
         torch=torch.get_rng_state(),
     )
+    state['numpy']['keys'] = torch.from_numpy(keys.astype(np.int64))
     if torch.cuda.is_initialized():
         state['cuda'] = torch.cuda.get_rng_state()
     return state
@@ -60,18 +56,15 @@ def set_random_state(state: Dict[str, Any]) -> None:
 class _AfterSkipping:
     """Calls a function between the batches that are skipped and those trained on.
 
-    mmengine skips by asking for each of them, its fork by a call of ``skip_iter``.
+    mmengine asks for each batch that it skips, its fork calls ``skip_iter``.
     """
 
-    def __init__(self, batches: Any, iteration: int, then: Any) -> None:
+    def __init__(self, batches: Any, iteration: int, then: Callable[[], None]) -> None:
         self._batches, self._then = batches, then
         self._skipped = 0 if hasattr(batches, 'skip_iter') else iteration
 
     def skip_iter(self, number: int) -> None:
         self._batches.skip_iter(number)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
 
     def __next__(self) -> Any:
         if self._skipped == 0:
@@ -84,22 +77,24 @@ class _AfterSkipping:
 class ExactResumeHook(Hook):
     """Let a resumed training go on as if it had never been interrupted.
 
-    A checkpoint of mmengine has the weights, the optimizer, the schedules and, of
-    :class:`~rambo_det.losses.RaMBOLoss`, the score memory of the first process. This
-    hook adds the random states of Python, NumPy, PyTorch and the GPU, the seed with
-    which the data are shuffled, and what the other processes remember. It also keeps
-    the validation from touching the random states, and stops a resuming that would go
-    wrong without a word: from a file that is truncated or missing, or into a model of
-    other shapes.
+    A checkpoint of mmengine has the weights, the optimizer, the schedules and the score
+    memory of the first process' :class:`~rambo_det.losses.RaMBOLoss`. This hook adds
+    the random states of Python, NumPy, PyTorch and the GPU, the seed that shuffles the
+    data, and the memories of the other processes. It also keeps the validation from
+    changing the random states.
 
-    A training with deterministic operations then ends with the same weights, bit by
-    bit, wherever it was killed and resumed from a checkpoint between epochs (or, with
+    A training with deterministic operations then ends with the same weights, bit for
+    bit, if it is resumed from a checkpoint between epochs (or, with
     ``IterBasedTrainLoop``, between any iterations). Data have to be loaded in the
     process itself (``num_workers=0``) or by workers that start anew in each epoch
     (``persistent_workers=False``).
 
-    With ``load_from`` and without ``resume``, another training starts: nothing is
-    restored, and the score memory is left empty.
+    ``load_from`` without ``resume`` starts another training: nothing is restored, and
+    the score memory is left empty.
+
+    Raises:
+        FileNotFoundError: If there is no file to resume from.
+        ValueError: If the file is truncated, or does not fit the model.
 
     Example:
         In a config::
@@ -112,26 +107,24 @@ class ExactResumeHook(Hook):
 
     def __init__(self) -> None:
         self._restored: Optional[Dict[str, Any]] = None
-        self._before_validation: Optional[Dict[str, Any]] = None
+        self._before_validation: Dict[str, Any] = {}
         self._gathered: Tuple[int, List[Any]] = (-1, [])
 
     # Saving
 
     def _own_state(self, runner: Any) -> Dict[str, Any]:
-        """Return what is this process' alone."""
-        state: Dict[str, Any] = dict(random=random_state(), memory={})
-        if get_world_size() > 1:
-            for name, loss in named_losses(runner).items():
-                memory = loss.get_extra_state()
-                if 'rank' not in memory:  # all have the one in the checkpoint
-                    continue
+        """Return what only this process has."""
+        memories = {}
+        for name, loss in named_losses(runner).items():
+            memory = loss.get_extra_state()
+            if 'rank' in memory:  # else all have the one in the state_dict
                 for key in ('scores', 'labels'):
                     memory[key] = [tensor.cpu() for tensor in memory[key]]
-                state['memory'][name] = memory
-        return state
+                memories[name] = memory
+        return dict(random=random_state(), memory=memories)
 
     def _gather(self, runner: Any) -> None:
-        """Collect the states of all processes: only the first one saves."""
+        """Collect the states of all processes, since only the first one saves."""
         if get_world_size() > 1:
             self._gathered = runner.iter, all_gather_object(self._own_state(runner))
 
@@ -139,68 +132,41 @@ class ExactResumeHook(Hook):
         """Collect what a checkpoint after this epoch holds."""
         self._gather(runner)
 
-    def after_train_iter(
-        self,
-        runner: Any,
-        batch_idx: int,
-        data_batch: Optional[Any] = None,
-        outputs: Optional[Any] = None,
-    ) -> None:
-        """Collect what a checkpoint after this iteration holds, if there is one."""
-        if get_world_size() == 1:
-            return
-        for hook in runner.hooks:
-            if isinstance(hook, CheckpointHook) and not hook.by_epoch:
-                due = self.every_n_train_iters(runner, hook.interval, hook.save_begin)
-                if due or self.is_last_train_iter(runner):
-                    self._gather(runner)
-                    return
+    def after_train_iter(self, runner: Any, *_: Any, **__: Any) -> None:
+        """Collect what a checkpoint after this iteration holds, if one follows."""
+        if checkpoint_is_due(runner):
+            self._gather(runner)
 
     def before_val_epoch(self, runner: Any) -> None:
         """Keep the random states, and collect for a checkpoint of the best model."""
         self._before_validation = random_state()
         self._gather(runner)
 
-    def after_val_epoch(
-        self, runner: Any, metrics: Optional[Dict[str, float]] = None
-    ) -> None:
+    def after_val_epoch(self, *_: Any, **__: Any) -> None:
         """Restore the random states that the validation has changed."""
-        if self._before_validation is not None:
-            set_random_state(self._before_validation)
-            self._before_validation = None
+        set_random_state(self._before_validation)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: Dict[str, Any]) -> None:
         """Add the states."""
         gathered_at, states = self._gathered
         if get_world_size() == 1 or gathered_at != runner.iter:
             states = [self._own_state(runner)]
-        sampler = _seeded_sampler(runner)
+        seed = getattr(_seeded_sampler(runner), 'seed', None)
         checkpoint[KEY] = dict(
-            processes=get_world_size(),
-            states=states,
-            sampler_seed=None if sampler is None else sampler.seed,
+            processes=get_world_size(), states=states, sampler_seed=seed
         )
 
     # Resuming
 
     def before_run(self, runner: Any) -> None:
-        """Check the file that will be resumed from.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it is no complete checkpoint.
-        """
+        """Check the file that will be resumed from."""
         if runner._resume:
             path = runner._load_from or find_latest_checkpoint(runner.work_dir)
             if path is not None and '://' not in path:
                 _check_file(path, runner.work_dir)
 
     def after_load_checkpoint(self, runner: Any, checkpoint: Dict[str, Any]) -> None:
-        """Take the states out, for the first epoch.
-
-        Raises:
-            ValueError: If the weights are not those of the model.
-        """
+        """Check the weights, and take the states out for the first epoch."""
         memories = [f'{name}._extra_state' for name in named_losses(runner)]
         if not runner._resume:
             for key in memories:
@@ -219,7 +185,7 @@ class ExactResumeHook(Hook):
                 f'it has the state of only {len(saved["states"])} of {processes} '
                 'processes, as no CheckpointHook saved it'
             )
-        if problem:
+        if problem is not None:
             runner.logger.warning(
                 f'{type(self).__name__}: this training will not go on exactly as the '
                 f'one in the checkpoint: {problem}. Random numbers start anew'
@@ -234,48 +200,43 @@ class ExactResumeHook(Hook):
             sampler.seed = saved['sampler_seed']
 
     def before_train(self, runner: Any) -> None:
-        """Say what keeps this training from being resumed exactly."""
+        """Warn of what keeps this training from being resumed exactly."""
         loader = runner.train_loop.dataloader
         if loader.num_workers and loader.persistent_workers:
             runner.logger.warning(
-                f'{type(self).__name__}: the workers that load the data live on from '
-                'epoch to epoch with random states of their own, which no checkpoint '
-                'holds. For exact resuming set persistent_workers=False or '
-                'num_workers=0 in train_dataloader'
+                f'{type(self).__name__}: the workers that load the data keep random '
+                'states of their own, which no checkpoint holds, from epoch to epoch. '
+                'For exact resuming set persistent_workers=False or num_workers=0 in '
+                'train_dataloader'
             )
-        length = len(loader)
-        iterations = isinstance(runner.train_loop, IterBasedTrainLoop)
-        if self._restored is not None and not iterations and runner.iter % length:
+        by_epoch = not isinstance(runner.train_loop, IterBasedTrainLoop)
+        if self._restored is not None and by_epoch and runner.iter % len(loader):
             runner.logger.warning(
                 f'{type(self).__name__}: the checkpoint was saved at iteration '
-                f'{runner.iter}, within an epoch of {length}, which mmengine starts '
-                'from its beginning. For exact resuming save by epoch'
+                f'{runner.iter}, within an epoch of {len(loader)}, which mmengine '
+                'starts from its beginning. For exact resuming save by epoch'
             )
 
     def before_train_epoch(self, runner: Any) -> None:
         """Restore the random states, once."""
         if self._restored is None:
             return
+        restore = partial(set_random_state, self._restored)
+        self._restored = None
         loop = runner.train_loop
         if isinstance(loop, IterBasedTrainLoop):
             # It now loads, and skips, what was already trained on.
             loop.dataloader_iterator = _AfterSkipping(
-                loop.dataloader_iterator, loop.iter, self._restore
+                loop.dataloader_iterator, loop.iter, restore
             )
         else:
-            self._restore()
-
-    def _restore(self) -> None:
-        if self._restored is not None:
-            set_random_state(self._restored)
-            self._restored = None
+            restore()
 
 
 def _seeded_sampler(runner: Any) -> Optional[Any]:
     """Return the sampler of the training data that has a seed, if one has."""
     loader = runner.train_loop.dataloader
-    for owner in (loader, loader.batch_sampler):
-        sampler = getattr(owner, 'sampler', None)
+    for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
         if isinstance(getattr(sampler, 'seed', None), int):
             return sampler
     return None
@@ -285,18 +246,12 @@ def _check_file(path: str, work_dir: str) -> None:
     """Raise unless a file is there and complete; say which other one is."""
     if zipfile.is_zipfile(path):
         return
-    others = [
-        str(other)
-        for other in sorted(
-            Path(work_dir).glob('*.pth'), key=lambda p: p.stat().st_mtime
-        )
-        if zipfile.is_zipfile(other)
-    ]
-    advice = (
-        f'resume from a complete one, such as {others[-1]}'
-        if others
-        else f'there is no complete one in {work_dir}, so train anew'
-    )
+    others = [file for file in Path(work_dir).glob('*.pth') if zipfile.is_zipfile(file)]
+    if others:
+        newest = max(others, key=os.path.getmtime)
+        advice = f'resume from a complete one, such as {newest}'
+    else:
+        advice = f'there is no complete one in {work_dir}, so train anew'
     if not Path(path).is_file():
         raise FileNotFoundError(
             f'ExactResumeHook: there is no checkpoint {path!r} to resume from; {advice}'
@@ -309,16 +264,11 @@ def _check_file(path: str, work_dir: str) -> None:
 
 def _check_weights(runner: Any, saved: Dict[str, Any], memories: List[str]) -> None:
     """Raise unless a checkpoint has all weights of the model in the same shapes."""
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-    saved = {
-        key.replace('module.', '', 1) if key.startswith('module.') else key: value
-        for key, value in saved.items()
-    }
     wrong = []
-    for key, value in model.state_dict().items():
+    for key, value in bare_model(runner).state_dict().items():
         if key in memories or not isinstance(value, Tensor):
             continue
-        found = saved.get(key)
+        found = saved.get(key, saved.get(f'module.{key}'))
         if not isinstance(found, Tensor):
             wrong.append(f'{key} is missing')
         elif found.shape != value.shape:
@@ -327,10 +277,10 @@ def _check_weights(runner: Any, saved: Dict[str, Any], memories: List[str]) -> N
                 f'{tuple(value.shape)}'
             )
     if wrong:
+        more = f'; and {len(wrong) - 5} more' if len(wrong) > 5 else ''
         raise ValueError(
             'ExactResumeHook: the checkpoint does not fit the model, and mmengine '
-            f'would go on with initial weights there: {"; ".join(wrong[:5])}'
-            + (f'; and {len(wrong) - 5} more' if len(wrong) > 5 else '')
-            + '. Check num_classes. To start another training from it, use load_from '
+            f'would go on with initial weights there: {"; ".join(wrong[:5])}{more}. '
+            'Check num_classes. To start another training from it, use load_from '
             'without resume'
         )

@@ -8,7 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import IterBasedTrainLoop
 
 from ..losses import SCHEDULED
-from .model import named_losses
+from .model import named_losses, require_losses
 
 _CURVES = ('linear', 'cosine', 'exponential', 'step')
 _UNITS = ('epoch', 'iteration', 'training')
@@ -18,10 +18,10 @@ _UNITS = ('epoch', 'iteration', 'training')
 class RaMBOScheduleHook(Hook):
     """Change a setting of every ``RaMBOLoss`` in the model during training.
 
-    The setting is what the config of the loss says times a factor, which is ``start``
-    before ``begin``, goes to ``end`` between ``begin`` and ``until``, and stays there.
-    The hook keeps no state: a resumed run goes on where it was. The factor is logged
-    as ``train/{param}_factor``.
+    The setting is what the config of the loss says times a factor. The factor is
+    ``start`` before ``begin``, goes to ``end`` between ``begin`` and ``until``, and
+    stays there. The hook keeps no state: a resumed run goes on where it was. The factor
+    is logged as ``train/{param}_factor``.
 
     Args:
         param (str): What changes: 'lambd' (of every term), 'margin', 'loss_weight'
@@ -36,13 +36,13 @@ class RaMBOScheduleHook(Hook):
             training.
         unit (str): What ``begin`` and ``until`` count: 'epoch', 'iteration', or
             'training', of which they are shares from 0 to 1. Epochs may be fractions:
-            the factor changes every iteration in all cases. Defaults to 'epoch'.
+            the factor changes in every iteration. Defaults to 'epoch'.
 
     Raises:
         ValueError: If an argument is out of range, if nothing in the model could change
             (no ``RaMBOLoss``, an infinite ``lambd``, a margin or weight of 0, no
-            auxiliary loss), if two hooks change one setting, or if the training knows
-            no epochs although ``begin`` or ``until`` does.
+            auxiliary loss), if two hooks change one setting, or if ``begin`` or
+            ``until`` counts epochs and the training loop does not.
 
     Example:
         λ falls from 100 to 1 where the loss has ``lambd=1.0, perturb='together'``::
@@ -68,6 +68,8 @@ class RaMBOScheduleHook(Hook):
             raise ValueError(f'{name}: param must be one of {SCHEDULED}, got {param!r}')
         if curve not in _CURVES:
             raise ValueError(f'{name}: curve must be one of {_CURVES}, got {curve!r}')
+        if unit not in _UNITS:
+            raise ValueError(f'{name}: unit must be one of {_UNITS}, got {unit!r}')
         positive = param == 'lambd' or curve == 'exponential'
         for factor in (start, end):
             if not 0 <= factor < math.inf or (positive and factor == 0):
@@ -81,8 +83,6 @@ class RaMBOScheduleHook(Hook):
                 f'{name}: expected 0 <= begin <= until, got begin={begin!r}, '
                 f'until={until!r}'
             )
-        if unit not in _UNITS:
-            raise ValueError(f'{name}: unit must be one of {_UNITS}, got {unit!r}')
         if unit == 'training' and max(begin, until or 0) > 1:
             raise ValueError(
                 f"{name}: with unit='training', begin and until are shares of the "
@@ -95,36 +95,29 @@ class RaMBOScheduleHook(Hook):
     def factor(
         self, iteration: int, num_iterations: int, epoch_length: Optional[float] = None
     ) -> float:
-        """Return the factor of one iteration, counted from 0.
+        """Return the factor of one iteration.
 
         Args:
-            iteration (int): The iteration.
+            iteration (int): The iteration, counted from 0.
             num_iterations (int): Iterations of the whole training.
-            epoch_length (float, optional): Iterations in an epoch.
-
-        Raises:
-            ValueError: If there are no epochs although ``begin`` or ``until`` counts
-                them.
+            epoch_length (float, optional): Iterations in an epoch, if there are epochs.
         """
-        length = 1.0
-        if self.unit == 'training':
-            length = num_iterations
-        elif self.unit == 'epoch' and (self.begin or self.until is not None):
-            if epoch_length is None:
-                raise ValueError(
-                    f'{type(self).__name__}: the training loop counts no epochs; set '
-                    "unit='iteration' or 'training' and give begin and until in it, "
-                    f'got begin={self.begin!r}, until={self.until!r}'
-                )
-            length = epoch_length
+        lengths = dict(training=num_iterations, iteration=1, epoch=epoch_length)
+        length = lengths[self.unit]
+        if length is None and (self.begin or self.until is not None):
+            raise ValueError(
+                f'{type(self).__name__}: the training loop counts no epochs; set '
+                "unit='iteration' or 'training' and give begin and until in it, "
+                f'got begin={self.begin!r}, until={self.until!r}'
+            )
+        length = length or 1
         # Rounded: 0.07 of 100 is 7, not a little more.
         begin = round(self.begin * length, 6)
         last = num_iterations if self.until is None else self.until * length
-        until = round(last, 6)
         if self.curve == 'step':
             return self.end if iteration >= begin else self.start
         # The last iteration of the interval has the end.
-        progress = (iteration - begin) / max(until - 1 - begin, 1)
+        progress = (iteration - begin) / max(round(last, 6) - 1 - begin, 1)
         progress = min(max(progress, 0.0), 1.0)
         if self.curve == 'exponential':
             return self.start * (self.end / self.start) ** progress
@@ -133,18 +126,9 @@ class RaMBOScheduleHook(Hook):
         return self.start + (self.end - self.start) * progress
 
     def before_train(self, runner: Any) -> None:
-        """Look whether there is something to change, and nobody else who does.
-
-        Raises:
-            ValueError: If not.
-        """
-        name = type(self).__name__
-        losses = named_losses(runner).values()
-        if not losses:
-            raise ValueError(
-                f'{name}: the model has no RaMBOLoss whose {self.param} could change; '
-                'remove the hook from custom_hooks or use the loss'
-            )
+        """Check that this hook changes something that no other hook changes."""
+        name, purpose = type(self).__name__, f'whose {self.param} could change'
+        losses = require_losses(self, runner, purpose).values()
         if self.param == 'lambd' and any(
             math.isinf(term.lambd) for loss in losses for term in loss.terms
         ):
@@ -152,28 +136,21 @@ class RaMBOScheduleHook(Hook):
                 f'{name}: lambd is infinite, as by default, so that a factor cannot '
                 'change it; give the loss a finite lambd'
             )
-        # A factor of what is absent or 0 changes nothing.
         values = [getattr(loss, self.param) for loss in losses]
-        if not any(values):
+        if not any(values):  # each is absent or 0
             raise ValueError(
                 f'{name}: the RaMBOLoss of the model has {self.param}={values[0]!r}, '
                 'which no factor changes; give the loss the value to be reached, or '
                 'remove the hook'
             )
-        if any(
-            isinstance(hook, RaMBOScheduleHook)
-            and hook is not self
-            and hook.param == self.param
-            for hook in runner.hooks
-        ):
+        schedules = [h for h in runner.hooks if isinstance(h, RaMBOScheduleHook)]
+        if [schedule.param for schedule in schedules].count(self.param) > 1:
             raise ValueError(
                 f'{name}: two hooks change {self.param}, and only the last one would '
                 'count; leave one of them in custom_hooks'
             )
 
-    def before_train_iter(
-        self, runner: Any, batch_idx: int, data_batch: Optional[Any] = None
-    ) -> None:
+    def before_train_iter(self, runner: Any, *_: Any, **__: Any) -> None:
         """Set the factor for the coming iteration and log it."""
         length = None
         if not isinstance(runner.train_loop, IterBasedTrainLoop):  # has no epochs

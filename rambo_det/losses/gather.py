@@ -8,34 +8,20 @@ from torch import Tensor
 
 from ..functional import Ranking
 
-# What a header begins with: whether the process failed, and its number of rows.
-_FAILED, _ROWS, _FIXED = 0, 1, 2
-
 
 class Received(NamedTuple):
-    """What all processes have sent.
-
-    Attributes:
-        numbers: The numbers of each process.
-        columns: For each column the parts of all processes, in their order.
-    """
+    """What all processes have sent: the numbers of each, the parts of each column."""
 
     numbers: List[List[int]]
     columns: List[List[Tensor]]
 
 
 class Exchange:
-    """Brings rows of all processes together, with one collective.
+    """Brings the rows of all processes together.
 
-    Every process sends a message of bytes: a header of integers, then its columns. The
-    messages of a collective must have one length, but processes have different numbers
-    of rows, which nobody knows beforehand. So they are padded to the longest message
-    that any process has had so far: the headers told all of them, so that they agree
-    without asking. Only where one is longer than ever, as in the first step, does a
-    second collective follow, in the new length. To exchange sizes first would take two
-    in every step.
-
-    Bytes keep every value as it is: labels beyond 2^24, scores of any precision.
+    No process knows how many rows the others have. So each one first sends a header,
+    which tells it, and then its columns, padded to the longest. Columns keep their
+    types, so that every value arrives as it is.
 
     Args:
         count: How many numbers a process sends.
@@ -43,7 +29,6 @@ class Exchange:
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._room = 0  # for all columns, in bytes; the same in all processes
 
     def __call__(self, numbers: Tensor, columns: Sequence[Tensor]) -> Received:
         """Send to all processes and return what they sent; all must call this.
@@ -57,70 +42,52 @@ class Exchange:
             RuntimeError: If another process called :meth:`refuse` instead.
         """
         rows = len(columns[0]) if columns else 0
-        widths = [c.shape[1:].numel() * c.element_size() for c in columns]
-        header = torch.cat([numbers.new_tensor([0, rows]), numbers])
-        body = torch.cat([_as_bytes(numbers[:0]), *map(_as_bytes, columns)])
-        while True:
-            headers, bodies = self._send(header, body)
-            failed = [str(rank) for rank, h in enumerate(headers) if h[_FAILED]]
-            if failed:
-                raise RuntimeError(
-                    f'RaMBOLoss: process {", ".join(failed)} stopped at what its head '
-                    'gave to the loss, and without it there is no ranking over all '
-                    'processes. What was wrong stands in its own error message'
-                )
-            needed = max(h[_ROWS] for h in headers) * sum(widths)
-            if needed <= self._room:
-                break
-            self._room = needed
-        parts: List[List[Tensor]] = [[] for _ in columns]
-        for (_, count, *_), message in zip(headers, bodies):
-            at = 0
-            for part, column, width in zip(parts, columns, widths):
-                # Copied, since a number has to begin at a multiple of its size.
-                values = message[at : at + count * width].clone().view(column.dtype)
-                part.append(values.view(count, *column.shape[1:]))
-                at += count * width
-        return Received([h[_FIXED:] for h in headers], parts)
+        headers = _all_headers(numbers, False, rows)
+        failed = [str(rank) for rank, (fails, *_) in enumerate(headers) if fails]
+        if failed:
+            raise RuntimeError(
+                f'RaMBOLoss: process {", ".join(failed)} stopped at what its head gave '
+                'to the loss, and without it there is no ranking over all processes. '
+                'Its own error message says what was wrong'
+            )
+        counts = [count for _, count, *_ in headers]
+        return Received(
+            [values for _, _, *values in headers],
+            [_all_rows(column, counts) for column in columns],
+        )
 
     def refuse(self, device: torch.device) -> None:
-        """Tell the other processes, which wait, that this one is about to raise.
-
-        Args:
-            device: Where its tensors are.
-        """
+        """Tell the other processes, which wait, that this one is about to raise."""
         numbers = torch.zeros(self._count, dtype=torch.int64, device=device)
-        header = torch.cat([numbers.new_tensor([1, 0]), numbers])
-        self._send(header, _as_bytes(numbers[:0]))
-
-    def _send(
-        self, header: Tensor, body: Tensor
-    ) -> Tuple[List[List[int]], Sequence[Tensor]]:
-        """Return the headers and the columns, as bytes, of all processes."""
-        body = body[: self._room]  # if this is not all of it, there is a next time
-        padding = body.new_zeros(self._room - len(body))
-        messages = all_gather(torch.cat([_as_bytes(header), body, padding]))
-        size = header.numel() * header.element_size()
-        headers = torch.stack([message[:size] for message in messages])
-        return headers.view(torch.int64).tolist(), [m[size:] for m in messages]
+        _all_headers(numbers, True, 0)
 
 
-def _as_bytes(values: Tensor) -> Tensor:
-    """Return the bytes of a tensor, one-dimensional."""
-    return values.detach().contiguous().view(-1).view(torch.uint8)
+def _all_headers(numbers: Tensor, failed: bool, rows: int) -> List[List[int]]:
+    """Return for each process whether it failed, how many rows it has, its numbers."""
+    header = torch.cat([numbers.new_tensor([failed, rows]), numbers])
+    return torch.stack(list(all_gather(header))).tolist()
+
+
+def _all_rows(column: Tensor, counts: Sequence[int]) -> List[Tensor]:
+    """Return the column of each process, which has so many rows, without gradient."""
+    column = column.detach()
+    if not any(counts):
+        return [column for _ in counts]
+    padded = column.new_zeros(max(counts), *column.shape[1:])
+    padded[: len(column)] = column
+    return [part[:count] for part, count in zip(all_gather(padded), counts)]
 
 
 class Step(NamedTuple):
     """The rows that a step ranks: those of this process, or of all.
 
-    Those of all stand in the same order in every process, the first process' first,
-    without the ignored ones: all processes rank the same matrix. Only the scores of a
-    process' own rows are connected to its graph.
+    The rows of all processes have the same order in each, the first process' first, and
+    no ignored ones. Only the scores of its own rows are connected to a process' graph.
 
     Attributes:
         scores: (N, C) scores.
         labels: (N,) labels, negative where a row is ignored.
-        any_ignored: Whether one may be.
+        any_ignored: Whether a row may be ignored.
         first: The first of the own rows.
         kept: Which of its own rows the process ranks; ``None`` for all.
         processes: How many processes there are.
@@ -141,8 +108,8 @@ class Step(NamedTuple):
     def place(self, ranking: Ranking) -> Ranking:
         """Return a ranking of the own rows as one of the rows of the step.
 
-        With groups, such as images, it stays one of the own rows, since those of other
-        processes are in other groups. Without, it becomes one of all rows.
+        Without groups it becomes a ranking of all rows. With groups, such as images, it
+        remains one of the own rows, since other processes have other groups.
         """
         groups = ranking.groups
         if groups is None:
@@ -157,18 +124,13 @@ class Step(NamedTuple):
     def means(
         self, rankings: Sequence[Ranking], results: Sequence[Tuple[Tensor, Tensor]]
     ) -> List[Tensor]:
-        """Return for each ranking the mean over the sequences that have a positive.
+        """Return each ranking's mean over the sequences of all processes.
 
-        The sequences are those of all processes. ``DistributedDataParallel`` averages
-        the gradients of the processes, where the gradient of the loss over all rows is
-        their sum: hence a factor on the gradient. The value has it only where it is the
-        sum over a process' own sequences, so that the average of what the processes
-        report is the loss over all rows.
-
-        Args:
-            rankings: What was ranked.
-            results: For each sequence its loss, 0 without a positive, and whether there
-                is one.
+        The results are for each sequence its loss and whether it has a positive; those
+        without one have loss 0 and do not count. The gradient of the loss over all rows
+        is the sum over the processes, and ``DistributedDataParallel`` averages: hence
+        the factor on the gradient. The value has it too where it is the sum over a
+        process' own sequences: the average of what the processes report is the loss.
         """
         means = []
         for number, (ranking, (losses, present)) in enumerate(zip(rankings, results)):
@@ -193,20 +155,11 @@ def gather_step(
 ) -> Step:
     """Bring the rows of all processes together; all must call this.
 
-    Scores are sent only if a ranking has no groups; the others need to know no more of
-    the other processes than how many sequences these have.
+    Rows are sent only if a ranking has no groups. For a ranking with groups it is
+    enough to know how many sequences the other processes have.
 
-    Random shifts are drawn after the rows have met, for all rows and for the memory,
-    by generators with one seed, the first process'. Then all processes rank the same
-    shifted scores, and the memory keeps scores without shifts.
-
-    Args:
-        exchange: Has sent the preceding steps, in all processes.
-        scores: (N, C) scores of this process.
-        labels: (N,) labels, negative where a row is ignored.
-        rankings: Rankings of these rows.
-        any_ignored: Whether a row may be ignored.
-        noise: Whether random numbers will be drawn.
+    With ``noise``, random shifts will be drawn for all rows and for the memory. The
+    generator has the first process' seed: all processes rank the same shifted scores.
     """
     seed = int(torch.randint(2**62, ())) if noise else 0
     counts = [_count_present(labels, ranking, scores.size(1)) for ranking in rankings]
@@ -220,29 +173,21 @@ def gather_step(
             any_ignored = False
         columns = [scores, labels]
     received = exchange(numbers, columns)
-    (seed, *_), *_ = received.numbers
-    _, *present = (sum(values) for values in zip(*received.numbers))
-    step = Step(
-        scores,
-        labels,
-        any_ignored,
-        kept=kept,
-        processes=len(received.numbers),
-        present=present,
-    )
+    seeds, *found = zip(*received.numbers)
+    present = [sum(counts) for counts in found]
+    step = Step(scores, labels, any_ignored, 0, kept, len(seeds), present)
     if not columns:
         return step
     all_scores, all_labels = received.columns
     rank = get_rank()
     all_scores[rank] = scores  # which has a gradient
-    generator = None
     if noise:
-        generator = torch.Generator(device=scores.device).manual_seed(seed)
+        generator = torch.Generator(scores.device).manual_seed(seeds[0])
+        step = step._replace(generator=generator)
     return step._replace(
         scores=torch.cat(all_scores),
         labels=torch.cat(all_labels),
         first=sum(map(len, all_labels[:rank])),
-        generator=generator,
     )
 
 
@@ -254,7 +199,6 @@ def _count_present(labels: Tensor, ranking: Ranking, num_classes: int) -> Tensor
     if ranking.per_class:
         groups, size = groups * num_classes + labels, size * num_classes
     positive = (labels >= 0) & (labels < num_classes)
-    # One place more, for all rows that are not positive.
-    found = labels.new_zeros(size + 1)
+    found = labels.new_zeros(size + 1)  # the last place is for all other rows
     found.scatter_(0, torch.where(positive, groups, size), 1)
     return found[:-1].sum()

@@ -12,15 +12,16 @@ from torch import Tensor
 class ScoreMemory:
     """Scores and labels of the last steps, without gradient.
 
-    A deep copy keeps what it holds, but has nothing to save until it is filled
-    itself: mmengine averages models (EMA) by walking through the state of a copy that
-    never trains, and expects only tensors of fixed shape there.
+    A deep copy holds the same, but has nothing to save before it is filled itself:
+    mmengine's averaged model (EMA) is a copy that never trains, whose state must have
+    tensors of fixed shapes only.
 
     Args:
-        length: How many steps are remembered; 0 for none.
+        length: How many steps are remembered at most.
     """
 
     def __init__(self, length: int) -> None:
+        self.length = length
         self._steps: Deque[Tuple[Tensor, Tensor]] = deque(maxlen=length)
         self._idle_copy = False
         self._shared = False
@@ -35,11 +36,6 @@ class ScoreMemory:
         return copied
 
     @property
-    def length(self) -> int:
-        """How many steps are remembered at most."""
-        return self._steps.maxlen or 0
-
-    @property
     def saved(self) -> bool:
         """Whether a ``state_dict`` holds the memory."""
         return bool(self._steps) and not self._idle_copy
@@ -50,85 +46,75 @@ class ScoreMemory:
         return [labels for _, labels in self._steps]
 
     def append(self, scores: Tensor, labels: Tensor, shared: bool = False) -> None:
-        """Remember a step; the oldest one is forgotten where the memory is full.
+        """Remember a step; ``shared`` tells that its rows are those of all processes.
 
-        Args:
-            scores: (N, C) scores.
-            labels: (N,) labels.
-            shared: Whether they are those of all processes, the same in each.
+        A full memory forgets the oldest step.
         """
         self._steps.append((scores, labels))
         self._idle_copy, self._shared = False, shared
 
     def recall(self, like: Tensor) -> Optional[Tuple[Tensor, Tensor]]:
-        """Return the remembered scores and labels, or ``None`` if there are none.
+        """Return the remembered scores and labels, on the device of the present scores.
 
-        A memory with another number of classes is emptied, with a warning.
-
-        Args:
-            like: The scores of the present step (N, C). A memory that was loaded may
-                be on another device.
+        Without any it returns ``None``. A memory with another number of classes is
+        emptied, with a warning.
         """
-        if self._steps and self._steps[0][0].size(1) != like.size(1):
+        if not self._steps:
+            return None
+        classes = self._steps[0][0].size(1)
+        if classes != like.size(1):
             warnings.warn(
-                'RaMBOLoss: the memory holds scores of '
-                f'{self._steps[0][0].size(1)} classes and pred has {like.size(1)}; '
-                'the memory, probably loaded from another model, was emptied',
+                f'RaMBOLoss: the memory holds scores of {classes} classes and pred has '
+                f'{like.size(1)}; the memory, probably loaded from another model, was '
+                'emptied',
                 stacklevel=4,
             )
             self._steps.clear()
-        if not self._steps:
             return None
         scores = torch.cat([scores.to(like) for scores, _ in self._steps])
-        labels = torch.cat([labels.to(like.device) for _, labels in self._steps])
-        return scores, labels
+        return scores, torch.cat([labels.to(like.device) for labels in self.labels])
 
     def state(self) -> Dict[str, Any]:
         """Return tensors and plain values, the oldest step first."""
-        state: Dict[str, Any] = dict(
-            scores=[scores for scores, _ in self._steps],
-            labels=[labels for _, labels in self._steps],
-        )
+        scores = [scores for scores, _ in self._steps]
+        state: Dict[str, Any] = dict(scores=scores, labels=self.labels)
         rank, processes = get_dist_info()
         if processes > 1 and not self._shared:  # each remembers its own images
             state.update(rank=rank, processes=processes)
         return state
 
     def load(self, state: Dict[str, Any]) -> None:
-        """Replace the memory by a saved one; only the last steps are kept.
+        """Replace the memory by the last steps of a saved one.
 
-        What another process remembers is of no use here: the memory is left empty,
-        with a warning, and fills again.
+        The memory of another process is not used: this one is empty then, with a
+        warning.
 
         Raises:
-            ValueError: If the state is none that :meth:`state` returns.
+            ValueError: If :meth:`state` does not return such a state.
         """
         steps = _steps_of(state)
         self._steps.clear()
-        rank, processes = get_dist_info()
-        # Where it does not say, it is right for any process: one had all the images.
+        # A memory that names no process is right for any: it had the images of all.
         self._shared = 'processes' not in state
-        before = state.get('processes', processes)
-        if not (steps and self.length):
+        rank, world = get_dist_info()
+        saved_rank, before = state.get('rank', rank), state.get('processes', world)
+        if before != world:
+            reason = f'was saved by one of {before} processes and there are {world} now'
+        elif saved_rank != rank:
+            reason = f'is that of process {saved_rank}; ExactResumeHook saves all'
+        else:
+            self._steps.extend(steps)
             return
-        if before != processes or state.get('rank', rank) != rank:
-            reason = (
-                f'was saved by one of {before} processes and there are {processes} now'
-                if before != processes
-                else f'is that of process {state["rank"]}; ExactResumeHook '
-                'saves those of all processes'
-            )
+        if steps and self.length:
             warnings.warn(
                 f'RaMBOLoss: the memory in the checkpoint {reason}. It starts empty '
                 f'in process {rank} and is full after {self.length} steps',
                 stacklevel=4,
             )
-            return
-        self._steps.extend(steps)
 
 
 def _steps_of(state: Dict[str, Any]) -> List[Tuple[Tensor, Tensor]]:
-    """Return the steps of a saved memory after checking their shapes."""
+    """Return the steps of a saved memory, whose shapes are checked."""
     try:
         scores, labels = list(state['scores']), list(state['labels'])
         fits = len(scores) == len(labels) and all(
@@ -148,7 +134,7 @@ def _steps_of(state: Dict[str, Any]) -> List[Tuple[Tensor, Tensor]]:
 
 
 def _describe(state: Any) -> str:
-    """Write what a state holds, without the numbers."""
+    """Describe what a state holds, without the numbers."""
     if isinstance(state, dict):
         inside = (f'{key}={_describe(value)}' for key, value in state.items())
         return f'dict({", ".join(inside)})'
