@@ -1,4 +1,4 @@
-"""The losses of other papers, to be trained and timed beside RaMBO.
+"""Losses of other papers and variants of ours, to be trained and timed beside RaMBO.
 
 ``import rambo_det`` leaves them out. A config asks for them with ``custom_imports =
 dict(imports=['rambo_det.baselines'], allow_failed_imports=False)``, as those in
