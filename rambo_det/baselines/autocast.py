@@ -13,7 +13,7 @@ import torch
 from mmdet.registry import MODELS
 from torch import Tensor
 
-from .bbox_heads import RaMBOShared2FCBBoxHead
+from ..heads.bbox_heads import RaMBOShared2FCBBoxHead
 
 
 @MODELS.register_module()

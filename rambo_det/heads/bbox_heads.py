@@ -14,7 +14,7 @@ from mmdet.registry import MODELS
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from .binding import Call, RaMBOHeadMixin, bind
+from .binding import RaMBOHeadMixin, bind
 
 __all__ = [
     'RaMBOBBoxHeadMixin',
@@ -49,10 +49,14 @@ class RaMBOBBoxHeadMixin(RaMBOHeadMixin):
             return compute(*args, **kw)
         with self.recorded_calls() as calls:
             result = compute(*args, **kw)
-        objects = torch.cat([r.pos_gt_labels for r in sampling_results])
-        self._rank_proposals(
-            result['loss_bbox'], calls, cls_score, rois, len(sampling_results), objects
+        ranked = self.rank_calls(
+            calls,
+            cls_score,
+            rois[:, 0].long(),
+            len(sampling_results),
+            torch.cat([r.pos_gt_labels for r in sampling_results]),
         )
+        result['loss_bbox'].update(ranked)
         return result
 
     def loss(
@@ -72,27 +76,9 @@ class RaMBOBBoxHeadMixin(RaMBOHeadMixin):
         if not self.ranks or cls_score is None:
             return compute(cls_score, bbox_pred, rois, *args, **kw)
         with self.recorded_calls() as calls:
-            losses = compute(cls_score, bbox_pred, rois, *args, **kw)
-        self._rank_proposals(losses, calls, cls_score, rois)
+            losses: Dict[str, Any] = compute(cls_score, bbox_pred, rois, *args, **kw)
+        losses.update(self.rank_calls(calls, cls_score, rois[:, 0].long()))
         return losses
-
-    def _rank_proposals(
-        self,
-        losses: Dict[str, Any],
-        calls: List[Call],
-        cls_score: Tensor,
-        rois: Tensor,
-        num_images: Optional[int] = None,
-        objects: Optional[Tensor] = None,
-    ) -> None:
-        """Rank what the stock head gave to its loss, and put the result in its place.
-
-        Who calls ``loss`` directly does not tell the number of images.
-        """
-        losses['loss_cls'] = self.rank_calls(
-            calls, cls_score, rois[:, 0].long(), num_images, objects
-        )
-        losses.update(self.loss_cls.get_accuracy())
 
     def refine_bboxes(
         self,
@@ -172,9 +158,7 @@ class RaMBODIIHead(RaMBOHeadMixin, DIIHead):
             ]
         )
         objects = torch.cat([r.pos_gt_labels for r in sampling_results])
-        losses = result['loss_bbox']
-        losses['loss_cls'] = self.rank_calls(
-            calls, cls_score, index, len(sampling_results), objects
-        )
-        losses.update(self.loss_cls.get_accuracy())
+        count = len(sampling_results)
+        ranked = self.rank_calls(calls, cls_score, index, count, objects)
+        result['loss_bbox'].update(ranked)
         return result

@@ -168,7 +168,7 @@ class RaMBOHeadMixin:
         images: Tensor,
         num_images: Optional[int] = None,
         objects: Optional[Tensor] = None,
-    ) -> Tensor:
+    ) -> Dict[str, Tensor]:
         """Call the loss with the rows of all recorded calls, in their order.
 
         Without calls it ranks nothing: where processes rank together the others wait
@@ -184,21 +184,17 @@ class RaMBOHeadMixin:
             objects (Tensor, optional): The labels of the ground truth (G,).
 
         Returns:
-            Tensor: The loss, a scalar.
+            dict[str, Tensor]: The loss under 'loss_cls', and the AP that it reports.
         """
         if not calls:
             nothing = logits.reshape(-1, logits.size(-1))[:0]
             calls, images = [Call(nothing, images.new_zeros(0))], images[:0]
         pred, target, weight, avg_factor, reduction = merge_calls(calls)
-        return self.loss_cls(
-            pred,
-            target,
-            weight,
-            avg_factor,
-            reduction,
-            images=images if num_images is None else (images, num_images),
-            objects=objects,
+        given = images if num_images is None else (images, num_images)
+        loss = self.loss_cls(
+            pred, target, weight, avg_factor, reduction, images=given, objects=objects
         )
+        return dict(loss_cls=loss, **self.loss_cls.get_accuracy())
 
 
 def bind(mixin: type, stock: type, **attributes: Any) -> Any:

@@ -74,11 +74,9 @@ class RaMBODenseHeadMixin(RaMBOHeadMixin):
             return None
         index = self._images_of_rows(cls_scores, sum(len(c.pred) for c in calls))
         logits = cls_scores[0].flatten().view(-1, self.cls_out_channels)
-        losses[f'loss_{self.prefix}cls'] = self.rank_calls(
-            calls, logits, index, len(cls_scores[0]), objects
-        )
-        for key, value in self.loss_cls.get_accuracy().items():
-            losses[self.prefix + key] = value
+        ranked = self.rank_calls(calls, logits, index, len(cls_scores[0]), objects)
+        losses[f'loss_{self.prefix}cls'] = ranked.pop('loss_cls')
+        losses.update({self.prefix + name: value for name, value in ranked.items()})
         return losses
 
     def _images_of_rows(self, cls_scores: List[Tensor], num_rows: int) -> Tensor:

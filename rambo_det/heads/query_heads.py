@@ -85,9 +85,9 @@ class RaMBOQueryHeadMixin(RaMBOHeadMixin):
             _, *others = compute(cls_scores, *args, **kwargs)
         num_images, num_queries, _ = cls_scores.shape
         index = image_major(num_images, num_queries, cls_scores.device)
-        loss = self.rank_calls(calls, cls_scores, index, num_images, objects)
-        self._reports.append(self.loss_cls.get_accuracy())
-        return (loss, *others)
+        ranked = self.rank_calls(calls, cls_scores, index, num_images, objects)
+        self._reports.append(ranked)
+        return (ranked.pop('loss_cls'), *others)
 
 
 RaMBODETRHead = bind(RaMBOQueryHeadMixin, DETRHead, background=True)
