@@ -1,5 +1,8 @@
 """Dense heads: rows, images, and the loss of one direct call on the whole image."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -357,3 +360,14 @@ def test_stock_head_per_batch_ranks_the_batch():
     model = build(DENSE['FCOSHead'], change)
     data = batch(model)
     assert model.loss(data['inputs'], data['data_samples'])['loss_cls'] > 0
+    # Unlike a RoI head it drops no column of the test scores, also in EMA's copy.
+    model.test_cfg.score_thr = 0.0
+    for detector in (
+        model.eval(),
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+    ):
+        with torch.no_grad():
+            for result in detector.predict(data['inputs'], data['data_samples']):
+                labels = result.pred_instances.labels
+                assert len(labels) and labels.max() < CLASSES

@@ -16,9 +16,8 @@ DEFAULTS = {
 SCORES = ('logits', 'sigmoid', 'softmax', 'log_softmax')
 # Those that have a background column.
 WITH_BACKGROUND = ('softmax', 'log_softmax')
-# Spellings of an infinite λ. mmengine writes a float infinity into the config of the
-# work dir as a name that Python does not know, and --cfg-options turns 'inf' into that
-# float; the second spelling survives both.
+# Spellings of an infinite λ. mmengine dumps a float infinity as a name that Python does
+# not know, and --cfg-options makes it of 'inf'; the second spelling survives both.
 INFINITE = ('inf', 'infinite')
 # The cure where a config has arguments of the loss that it replaces.
 INHERITED = (

@@ -169,11 +169,9 @@ class RaMBOLoss(nn.Module):
         self.memory = memory
         self.scores = scores
         self.has_background = has_background
-        parsed = (
-            parse_term('class_ap', class_ap, self.lambd, together),
-            parse_term('pooled_ap', pooled_ap, self.lambd, together),
-        )
-        self.terms = tuple(term for term in parsed if term is not None)
+        specs = dict(class_ap=class_ap, pooled_ap=pooled_ap)
+        terms = [parse_term(*spec, self.lambd, together) for spec in specs.items()]
+        self.terms = tuple(term for term in terms if term is not None)
         if not self.terms:
             raise ValueError(
                 'RaMBOLoss: both terms are switched off; give class_ap or pooled_ap a '
@@ -313,7 +311,7 @@ class RaMBOLoss(nn.Module):
             rankings = [self._ranking(term, rows) for term in self.terms]
         except Exception:
             if together:  # the others wait for this process
-                self._exchange.refuse(pred.device)
+                self._exchange.refuse(getattr(pred, 'device', torch.device('cpu')))
             raise
         margin = self.margin * self.factors['margin']
         noise = self.margin_noise and margin > 0
@@ -346,7 +344,13 @@ class RaMBOLoss(nn.Module):
         share = self.factors['auxiliary']
         # Stock heads do not call their loss without rows, and not every loss bears it.
         if self.auxiliary is not None and share and len(pred):
-            loss = loss + share * self._auxiliary(rows, target, weight, avg_factor)
+            # Ignored rows become harmless background.
+            background = pred.size(1) - self.has_background
+            labels = rows.labels.masked_fill(rows.labels < 0, background)
+            given = labels if isinstance(target, Tensor) else (labels, target[1])
+            loss = loss + share * self.auxiliary(
+                rows.harmless(), given, weight, avg_factor=avg_factor
+            )
         return loss
 
     def _ranks_together(self, images: Optional[Images]) -> bool:
@@ -430,21 +434,6 @@ class RaMBOLoss(nn.Module):
                 stacklevel=4,
             )
 
-    def _auxiliary(
-        self,
-        rows: Rows,
-        target: Any,
-        weight: Optional[Tensor],
-        avg_factor: Optional[float],
-    ) -> Tensor:
-        """Compute the auxiliary loss; its ignored rows are harmless background."""
-        assert self.auxiliary is not None
-        background = rows.pred.size(1) - self.has_background
-        labels: Any = rows.labels.masked_fill(rows.labels < 0, background)
-        if not isinstance(target, Tensor):
-            labels = (labels, target[1])
-        return self.auxiliary(rows.harmless(), labels, weight, avg_factor=avg_factor)
-
     # The score memory
 
     def get_extra_state(self) -> Dict[str, Any]:
@@ -452,11 +441,7 @@ class RaMBOLoss(nn.Module):
         return self._memory.state()
 
     def set_extra_state(self, state: Dict[str, Any]) -> None:
-        """Restore the memory; only the last ``memory`` steps are kept.
-
-        Raises:
-            ValueError: If the state is none that :meth:`get_extra_state` returns.
-        """
+        """Restore the memory; only the last ``memory`` steps are kept."""
         self._memory.load(state if self._fills_memory else dict(scores=[], labels=[]))
 
     @property

@@ -19,14 +19,11 @@ class Rows(NamedTuple):
     any_positive: Optional[bool]  # whether a row is foreground; None if nobody looked
     images: Optional[Tuple[Tensor, int]]  # (N,) image of each row, and their number
 
-    def harmless(self, value: float = 0.0) -> Tensor:
-        """Return the logits with ``value`` in ignored rows.
-
-        Those may hold NaN or inf, which an activation hands on to the gradient.
-        """
+    def harmless(self) -> Tensor:
+        """Return the logits without the NaN or inf that ignored rows may hold."""
         if not self.any_ignored:
             return self.pred
-        return self.pred.masked_fill((self.labels < 0).unsqueeze(1), value)
+        return self.pred.masked_fill((self.labels < 0).unsqueeze(1), 0.0)
 
 
 class Owner(NamedTuple):
