@@ -46,12 +46,14 @@ class Owner(NamedTuple):
         num_classes: How many classes it has.
         dense: Whether it is a dense head, which keeps all columns of the test scores.
         refusal: Why its calls cannot be ranked unless they tell their images.
+        bound: The name of the head that binds the loss in its stead, if there is one.
     """
 
     head: str
     num_classes: int
     dense: bool = False
     refusal: Optional[str] = None
+    bound: Optional[str] = None
 
 
 def hard_labels(target: Any) -> Tensor:
@@ -111,7 +113,7 @@ def check_rows(
         for owner in owners:
             if owner.refusal is not None:
                 raise RuntimeError(f'RaMBOLoss: {owner.refusal}')
-    _check_columns(pred, owners, has_background)
+    check_columns(pred.size(1), owners, has_background)
     labels = labels.long()
     ignored = None if weight is None else weight == 0
     any_ignored, any_positive = ignored is not None, None
@@ -180,28 +182,27 @@ def _check_shapes(
             )
 
 
-def _check_columns(pred: Tensor, owners: Sequence[Owner], has_background: bool) -> None:
+def check_columns(columns: int, owners: Sequence[Owner], has_background: bool) -> None:
     """Raise if no head that holds the loss has as many columns."""
     known = {owner.head: owner.num_classes for owner in owners}
-    columns = pred.size(1)
     if not known or columns - has_background in known.values():
         return
     heads = ' and '.join(f'{head} has num_classes={n}' for head, n in known.items())
-    head = next(iter(known))
-    bound = head if head.startswith('RaMBO') else f'RaMBO{head}'
-    need = 'C + 1 columns, the last for the background' if has_background else 'C'
+    owner = owners[0]
+    cures = [] if owner.bound is None else [f'the head type={owner.bound}']
+    if has_background:
+        need = 'C + 1, the last for the background'
+        cures.append("scores='logits', use_sigmoid=True in loss_cls")
+    else:
+        need = 'C, one per class: a background column would be ranked as a class'
+        cures.append(
+            'use_sigmoid=True in loss_cls, where stock heads look for it'
+            if owner.dense
+            else "scores='log_softmax', use_sigmoid=False in loss_cls"
+        )
     raise ValueError(
         f'RaMBOLoss: pred has {columns} columns, but {heads}, and the loss expects '
-        f"{need}, one per class. Stock heads read the layout from the loss' config: "
-        + (
-            'add use_sigmoid=False to it'
-            if has_background
-            else 'without use_sigmoid=True there they make a background column, which '
-            "would be ranked as a class. Add it, or scores='softmax', "
-            'use_sigmoid=False for the column'
-        )
-        + f'; or use the head that binds the loss, type={bound}, where there is one '
-        '(docs/detectors.md)'
+        f'{need}. Use {", or ".join(cures)} (docs/detectors.md)'
     )
 
 
