@@ -25,6 +25,7 @@ from mmdet.models.reid import linear_reid_head
 from mmdet.registry import MODELS
 from stock_heads import HEADS, NOT_APPLICABLE, stock_heads
 
+from rambo_det import RaMBODenseHeadMixin
 from rambo_det.heads import owners
 from rambo_det.losses import rows
 
@@ -33,6 +34,7 @@ TABLE = PAGE.read_text(encoding='utf-8').split(MARKS[0])[1].split(MARKS[1])[0]
 ROWS = {line.split('`')[1]: line for line in TABLE.splitlines() if line[:3] == '| `'}
 PER_LEVEL = sorted(name for name, line in ROWS.items() if 'once per pyramid' in line)
 PER_BATCH = sorted(n for n, line in ROWS.items() if '`use_sigmoid=True` in' in line)
+UNBOUND = sorted(name for name, line in ROWS.items() if 'no head of this' in line)
 SOFTMAX = dict(scores='log_softmax', use_sigmoid=False)
 
 
@@ -57,8 +59,8 @@ def test_the_row_of_a_head_is_what_happens(name):
     assert found.where in (WORKS, BUILD, STEP)
 
 
-def test_once_per_level_and_once_per_batch_are_many():
-    assert len(PER_LEVEL) > 10 and len(PER_BATCH) > 3
+def test_the_kinds_of_rows_are_found():
+    assert len(PER_LEVEL) > 10 and len(PER_BATCH) > 3 and len(UNBOUND) > 3
 
 
 @pytest.mark.parametrize('name', PER_LEVEL)
@@ -77,6 +79,17 @@ def test_use_sigmoid_is_a_cure_elsewhere(name):
 def test_a_background_column_is_a_cure_where_the_row_says_so(name):
     assert "`scores='log_softmax'`" in ROWS[name]
     assert outcome(name, **SOFTMAX).where == WORKS
+
+
+@pytest.mark.parametrize('name', [n for n in UNBOUND if n != 'StageCascadeRPNHead'])
+def test_the_mixin_binds_where_the_page_says_so(name):
+    stock = MODELS.get(installed(name))
+    bound = type(f'Bound{name}', (RaMBODenseHeadMixin, stock), {})
+    MODELS.register_module(module=bound)
+    try:
+        assert outcome(name, bound.__name__).where == WORKS
+    finally:
+        MODELS.module_dict.pop(bound.__name__)
 
 
 # The heads that cannot be tried
@@ -160,4 +173,4 @@ def test_an_error_that_is_not_ours_is_named_as_such(monkeypatch):
 def test_a_memory_that_decoder_layers_would_share_is_refused():
     memory = dict(memory=2, class_ap=dict(span='memory'))
     found = outcome('DDQDETRHead', **memory)
-    assert (found.where, found.cure) == (STEP, 'Set memory=0 in loss_cls')
+    assert (found.where, found.cure) == (STEP, 'set memory=0 in loss_cls')

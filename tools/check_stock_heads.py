@@ -67,9 +67,9 @@ def wrong(columns: int, labels: Any, classes: int, objects: set[int]) -> str:
     return ''
 
 
-def _step(model: Any, cfg: Any, name: str) -> Outcome:
+def _step(model: Any, cfg: Any, name: str, kind: str) -> Outcome:
     """Take a step; the outcome says what is wrong with what was ranked, if anything."""
-    heads = [module for module in model.modules() if type(module).__name__ == name]
+    heads = [module for module in model.modules() if type(module).__name__ == kind]
     calls: list[list[Any]] = [[] for _ in heads]
     for head, own in zip(heads, calls):
         head.loss_cls.ranked.register_forward_hook(
@@ -108,7 +108,9 @@ def _step(model: Any, cfg: Any, name: str) -> Outcome:
 
 def _tell(name: str, error: Exception) -> tuple[str, str]:
     """Shorten an error to what it says and the cure, in its first two sentences."""
-    text = str(error).replace(' (docs/detectors.md)', '')  # where this will stand
+    # This will stand in the docs.
+    text = str(error).replace(' (docs/detectors.md)', '')
+    text = text.replace('docs/detectors.md says how to', 'see below')
     first, *others = re.split(r'[.] (?=[A-Z])', text)
     if 'RaMBOLoss' not in text:
         return f'an error of mmdet: {type(error).__name__}: {first}', 'another loss'
@@ -119,17 +121,21 @@ def _tell(name: str, error: Exception) -> tuple[str, str]:
         'loss_cls=RaMBOLoss cannot train this head: ',
     ):
         first = first[len(prefix) :] if first.startswith(prefix) else first
-    return first, others[0].replace('Use ', '', 1) if others else ''
+    cure = others[0].replace('Use ', '', 1) if others else ''
+    return first, cure[:1].lower() + cure[1:]
 
 
-def outcome(name: str, **loss: Any) -> Outcome:
-    """Build a detector with a stock head, take a step, and return what came of it."""
+def outcome(name: str, kind: str | None = None, **loss: Any) -> Outcome:
+    """Build a detector with a stock head, take a step, and return what came of it.
+
+    The arguments are those of ``stock_config``.
+    """
     if name in NOT_APPLICABLE:
         return Outcome(NEVER, NOT_APPLICABLE[name])
     register_all_modules()
     logger = MMLogger.get_current_instance()
     logger.setLevel('ERROR')  # a line for each initialised weight
-    cfg = stock_config(name, **loss)
+    cfg = stock_config(name, kind, **loss)
     where = BUILD
     torch.manual_seed(0)
     with warnings.catch_warnings():
@@ -139,7 +145,7 @@ def outcome(name: str, **loss: Any) -> Outcome:
             model.init_weights()
             model.train()  # a distilled one does not return itself
             where = STEP
-            return _step(model, cfg, name)
+            return _step(model, cfg, name, kind or name)
         except Exception as error:
             return Outcome(where, *_tell(name, error), error)
 

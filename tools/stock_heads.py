@@ -162,14 +162,21 @@ def _parts(value: Any) -> Iterator[Any]:
             yield from _parts(child)
 
 
-def stock_config(name: str, **loss: Any) -> Config:
-    """Return the config of a detector with a stock head and the loss."""
+def stock_config(name: str, kind: str | None = None, **loss: Any) -> Config:
+    """Return the config of a detector with a stock head and the loss.
+
+    Args:
+        name: The head.
+        kind: A subclass that takes its place.
+        **loss: Arguments of the loss.
+    """
     stock = HEADS[name]
     folder = Path(mmdet.__file__).parent / '.mim' / 'configs'
     cfg = Config.fromfile(folder / f'{stock.config}.py')
     found = 0
     for part in _parts(cfg.model):
         part.pop('init_cfg', None)  # pretrained weights
+        part.pop('batch_augments', None)  # to the size of large images
         for key, most in MOST.items():
             if isinstance(part.get(key), int):
                 part[key] = min(part[key], most)
@@ -178,7 +185,7 @@ def stock_config(name: str, **loss: Any) -> Config:
         if part.get('type') == (stock.kind or name):
             for key in stock.without:
                 part.pop(key, None)
-            part['type'] = name
+            part['type'] = kind or name
             part['loss_cls'] = dict(type='RaMBOLoss', **loss)  # update() would merge
             part.update(stock.given or {})
             found += 1
