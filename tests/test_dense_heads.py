@@ -333,24 +333,6 @@ def test_stock_head_per_level_is_refused_by_name(name):
         model.loss(data['inputs'], data['data_samples'])
 
 
-def test_a_stock_head_without_counterpart_points_to_the_docs():
-    class SABLRetinaHead(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.loss_cls = RaMBOLoss(pooled_ap=None, memory=0)
-
-        def loss(self):
-            return [
-                self.loss_cls(
-                    torch.randn(n, 3, requires_grad=True), torch.arange(n) % 4
-                )
-                for n in (8, 4)
-            ]
-
-    with pytest.raises(RuntimeError, match='does not exist: see docs/detectors.md'):
-        SABLRetinaHead().loss()
-
-
 def test_stock_head_per_batch_ranks_the_batch():
     def change(cfg):
         cfg.bbox_head.type = 'FCOSHead'

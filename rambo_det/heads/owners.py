@@ -15,19 +15,21 @@ from mmdet.models.dense_heads import (
     YOLOFHead,
 )
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
+from mmdet.models.task_modules.assigners import ClassificationCost
 from mmdet.registry import MODELS
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..losses import Owner, RaMBOLoss
+from ..losses import Owner, RaMBOLoss, check_columns
 
 _PER_ANCHOR = 'it needs a loss for every single row, and a ranking has none'
+_POSITIVES = 'its loss sees positives only; an objectness tells them from background'
 _SOFT = 'its targets are numbers in [0, 1] for every class, not labels to rank by'
 _UNUSED = 'it never calls its loss_cls'
 # Heads of mmdet that take a ``loss_cls`` and cannot use a ranking, and why.
 NOT_RANKABLE: Dict[str, str] = dict(
     ATSSVLFusionHead='its columns are the tokens of a text, not classes',
-    AutoAssignHead=f'{_UNUSED}: anchors have no label, their weights are learned',
+    AutoAssignHead=f'{_UNUSED}: points have no label, their weights are learned',
     CenterNetUpdateHead=f'its loss is one of heat maps: {_SOFT}',
     FSAFHead=f'{_PER_ANCHOR}: it chooses the pyramid level by it',
     FreeAnchorRetinaHead=f'{_UNUSED}: its loss is the likelihood of bags of anchors',
@@ -39,34 +41,46 @@ NOT_RANKABLE: Dict[str, str] = dict(
     TOODHead='its scores are products of probabilities, and two losses take turns',
     VFNetHead=_SOFT,
     YOLACTHead=f'{_PER_ANCHOR}: it chooses hard negatives by it',
-    YOLOV3Head=f'{_SOFT}, and an objectness tells objects from background',
-    YOLOXHead='it sees positives only; an objectness tells them from background',
+    YOLOV3Head=_POSITIVES,
+    YOLOXHead=_POSITIVES,
 )
 # Dense heads that call their loss once for all levels; others call it once per level.
 _ONCE_PER_BATCH = (CenterNetUpdateHead, FCOSHead, FoveaHead, MaskFormerHead, YOLOFHead)
 
 
-def _refusal(head: nn.Module, loss: RaMBOLoss) -> Optional[str]:
+def _refusal(head: nn.Module, loss: RaMBOLoss, bound: Optional[str]) -> Optional[str]:
     """Return why calls of a head cannot be ranked that do not tell their images."""
-    name = type(head).__name__
+    cure = 'No head of this package binds it: docs/detectors.md says how to'
+    if bound is not None:
+        cure = f'Use the head that binds the loss, type={bound}'
     if isinstance(head, DETRHead):
         if loss.remembered is None:
             return None
         called = 'without telling images, and its decoder layers share one memory'
+        cure = 'Set memory=0 in loss_cls'  # what binds it does not take one either
     elif isinstance(head, BaseDenseHead) and not isinstance(head, _ONCE_PER_BATCH):
         called = 'once per pyramid level, which ranks each level on its own'
     else:
         return None
-    bound = name if name.startswith('RaMBO') else f'RaMBO{name}'
-    missing = ''
-    if MODELS.get(bound) is None:
-        missing = (
-            ', which does not exist: see docs/detectors.md for what does, and for how '
-            'to bind another head'
-        )
     return (
-        f'{name} called the loss {called}. Use the head that binds the loss, '
-        f'type={bound}{missing}. A head of your own gives images=...'
+        f'{type(head).__name__} called the loss {called}. {cure}. A head of your own '
+        'gives images=...'
+    )
+
+
+def _check_matching(head: nn.Module, loss: RaMBOLoss) -> None:
+    """Raise if a head matches by a softmax that the columns do not have.
+
+    It is blind to an offset that all scores of a query share, by which they rank.
+    """
+    costs = getattr(getattr(head, 'assigner', None), 'match_costs', ())
+    if loss.has_background or not any(isinstance(c, ClassificationCost) for c in costs):
+        return
+    raise ValueError(
+        f'{type(head).__name__}: train_cfg.assigner.match_costs has '
+        'ClassificationCost, a softmax over the columns, one of them for the '
+        f'background, but loss_cls=RaMBOLoss with scores={loss.scores!r} has none. Use '
+        "FocalLossCost there, or scores='log_softmax', use_sigmoid=False in loss_cls"
     )
 
 
@@ -82,9 +96,18 @@ def _introduce(head: nn.Module, name: str, loss: Optional[nn.Module]) -> None:
             'loss'
         )
     classes: Any = getattr(head, 'num_classes', None)
-    if isinstance(classes, int):
-        dense = isinstance(head, BaseDenseHead)
-        loss.introduce(Owner(kind, classes, dense, _refusal(head, loss)))
+    if not isinstance(classes, int):
+        return
+    _check_matching(head, loss)
+    bound: Optional[str] = kind if kind.startswith('RaMBO') else f'RaMBO{kind}'
+    bound = bound if MODELS.get(bound) else None
+    refusal = _refusal(head, loss, bound)
+    owner = Owner(kind, classes, isinstance(head, BaseDenseHead), refusal, bound)
+    columns: Any = getattr(head, 'cls_out_channels', None)
+    if owner.dense and refusal is None and isinstance(columns, int):
+        # Now, since YOLOFHead fails before it calls the loss.
+        check_columns(columns, [owner], loss.has_background)
+    loss.introduce(owner)
 
 
 register_module_module_registration_hook(_introduce)

@@ -2,7 +2,7 @@
 
 from .arguments import INHERITED, WITH_BACKGROUND
 from .rambo_loss import SCHEDULED, RaMBOLoss
-from .rows import Owner, hard_labels
+from .rows import Owner, check_columns, hard_labels
 
 __all__ = [
     'INHERITED',
@@ -10,5 +10,6 @@ __all__ = [
     'WITH_BACKGROUND',
     'Owner',
     'RaMBOLoss',
+    'check_columns',
     'hard_labels',
 ]

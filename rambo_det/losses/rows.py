@@ -33,6 +33,7 @@ class Owner(NamedTuple):
     num_classes: int
     dense: bool = False  # dense heads keep all columns of the test scores
     refusal: Optional[str] = None  # why calls cannot be ranked that tell no images
+    bound: Optional[str] = None  # the head that binds the loss in its stead
 
 
 def hard_labels(target: Any) -> Tensor:
@@ -75,7 +76,7 @@ def check_rows(
         for owner in owners:
             if owner.refusal is not None:
                 raise RuntimeError(f'RaMBOLoss: {owner.refusal}')
-    _check_columns(pred, owners, has_background)
+    check_columns(pred.size(1), owners, has_background)
     labels = labels.long()
     ignored = None if weight is None else weight == 0
     any_ignored, any_positive = ignored is not None, None
@@ -144,22 +145,27 @@ def _check_shapes(
             )
 
 
-def _check_columns(pred: Tensor, owners: Sequence[Owner], has_background: bool) -> None:
+def check_columns(columns: int, owners: Sequence[Owner], has_background: bool) -> None:
     """Raise if no head that holds the loss has as many columns."""
     known = {owner.head: owner.num_classes for owner in owners}
-    columns = pred.size(1)
     if not known or columns - has_background in known.values():
         return
     heads = ' and '.join(f'{head} has num_classes={n}' for head, n in known.items())
-    head = next(iter(known))
-    bound = head if head.startswith('RaMBO') else f'RaMBO{head}'
-    need = 'C + 1, the last for the background' if has_background else 'C, one a class'
+    owner = owners[0]
+    cures = [] if owner.bound is None else [f'the head type={owner.bound}']
+    if has_background:
+        need = 'C + 1, the last for the background'
+        cures.append("scores='logits', use_sigmoid=True in loss_cls")
+    else:
+        need = 'C, one per class: a background column would be ranked as a class'
+        cures.append(
+            'use_sigmoid=True in loss_cls, where stock heads look for it'
+            if owner.dense
+            else "scores='log_softmax', use_sigmoid=False in loss_cls"
+        )
     raise ValueError(
         f'RaMBOLoss: pred has {columns} columns, but {heads}, and the loss expects '
-        f'{need}. Use the head that binds the loss, type={bound}, where there is one '
-        "(docs/detectors.md). Stock heads read the layout from the loss' config, where "
-        "use_sigmoid=True makes one column per class, and scores='softmax', "
-        'use_sigmoid=False one more for the background'
+        f'{need}. Use {", or ".join(cures)} (docs/detectors.md)'
     )
 
 
