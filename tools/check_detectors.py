@@ -5,7 +5,7 @@
     python tools/check_detectors.py --table-only
 
 Each config gets a small backbone, the demo data and a fixed number of steps. Checked
-are: all losses are finite; the AP of the class scores on the training images rises
+are: all losses are finite; the AP that the loss reports on the training images rises
 well above its start; the evaluation runs; a checkpoint holds the whole state, and a
 training that resumes from it continues; two processes take a step and stay equal.
 Configs that become the same when shrunken are trained once. Results go to one file;
@@ -109,11 +109,13 @@ def _recorder() -> Any:
 
 
 def _class_ap(logs: Sequence[dict[str, float]]) -> float:
-    """Return the mean reported AP of the detector's last stage over some steps."""
-    names = sorted(
-        name for name in logs[0] if name.endswith('class_ap') and 'rpn' not in name
-    )
-    values = [log[names[-1]] for log in logs]
+    """Return the mean reported AP of the detector's last stage over some steps.
+
+    Steps without positives report none.
+    """
+    names = {name for log in logs for name in log if name.endswith('class_ap')}
+    last = sorted(name for name in names if 'rpn' not in name)[-1]
+    values = [log[last] for log in logs if last in log]
     return sum(values) / len(values)
 
 

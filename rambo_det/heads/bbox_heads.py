@@ -30,33 +30,30 @@ class RaMBOBBoxHeadMixin(RaMBOHeadMixin):
     """Give the loss of a RoI head the image of each proposal.
 
     Put it before any subclass of mmdet's ``BBoxHead``. The head works with other
-    losses as the stock head does.
+    losses as the stock head does. Each stage of a cascade, or of Sparse R-CNN, ranks
+    its own proposals, and has its own loss and memory.
     """
 
     def loss_and_target(
-        self,
-        cls_score: Optional[Tensor],
-        bbox_pred: Optional[Tensor],
-        rois: Tensor,
-        sampling_results: List[Any],
-        *args: Any,
-        **kw: Any,
+        self, cls_score: Optional[Tensor], *args: Any, **kw: Any
     ) -> Dict[str, Any]:
         """Compute losses and targets; arguments and result are the stock head's."""
         compute = super().loss_and_target  # type: ignore[misc]
-        args = (cls_score, bbox_pred, rois, sampling_results, *args)
         if not self.ranks or cls_score is None:
-            return compute(*args, **kw)
+            return compute(cls_score, *args, **kw)
         with self.recorded_calls() as calls:
-            result = compute(*args, **kw)
-        ranked = self.rank_calls(
-            calls,
-            cls_score,
-            rois[:, 0].long(),
-            len(sampling_results),
-            torch.cat([r.pos_gt_labels for r in sampling_results]),
+            result = compute(cls_score, *args, **kw)
+        # The sampling results, one for each image, are the only list. They know the
+        # number of proposals, and of images, without asking the device.
+        (found,) = (a for a in [*args, *kw.values()] if isinstance(a, list))
+        counts = [len(r.pos_priors) + len(r.neg_priors) for r in found]
+        images = [
+            r.pos_inds.new_full((n,), i) for i, (r, n) in enumerate(zip(found, counts))
+        ]
+        objects = torch.cat([r.pos_gt_labels for r in found])
+        result['loss_bbox'].update(
+            self.rank_calls(calls, cls_score, torch.cat(images), len(found), objects)
         )
-        result['loss_bbox'].update(ranked)
         return result
 
     def loss(
@@ -103,6 +100,7 @@ class RaMBOBBoxHeadMixin(RaMBOHeadMixin):
 RaMBOConvFCBBoxHead = bind(RaMBOBBoxHeadMixin, ConvFCBBoxHead)
 RaMBOShared2FCBBoxHead = bind(RaMBOBBoxHeadMixin, Shared2FCBBoxHead)
 RaMBOShared4Conv1FCBBoxHead = bind(RaMBOBBoxHeadMixin, Shared4Conv1FCBBoxHead)
+RaMBODIIHead = bind(RaMBOBBoxHeadMixin, DIIHead, default_memory=0)
 
 
 @MODELS.register_module()
@@ -117,48 +115,3 @@ class RaMBODoubleConvFCBBoxHead(RaMBOBBoxHeadMixin, DoubleConvFCBBoxHead):
         if self.custom_cls_channels:
             columns = self.loss_cls.get_cls_channels(self.num_classes)
             self.fc_cls = torch.nn.Linear(self.fc_out_channels, columns)
-
-
-@MODELS.register_module()
-class RaMBODIIHead(RaMBOHeadMixin, DIIHead):
-    """mmdet's ``DIIHead`` (Sparse R-CNN) for :class:`~rambo_det.losses.RaMBOLoss`.
-
-    Each stage ranks its own proposals and has its own loss and memory. The matching
-    cost of the stock detector takes sigmoids of one column per class, so that
-    ``scores='logits'`` is the default here. The head works with other losses as the
-    stock head does.
-    """
-
-    default_memory = 0
-
-    def loss_and_target(
-        self,
-        cls_score: Tensor,
-        bbox_pred: Tensor,
-        sampling_results: List[Any],
-        *args: Any,
-        **kw: Any,
-    ) -> Dict[str, Any]:
-        """Compute the losses; arguments and result are those of the stock head.
-
-        ``cls_score`` (N, C) holds all proposals of the first image, then those of the
-        second.
-        """
-        compute = super().loss_and_target
-        args = (cls_score, bbox_pred, sampling_results, *args)
-        if not self.ranks:
-            return compute(*args, **kw)
-        with self.recorded_calls() as calls:
-            result = compute(*args, **kw)
-        # The number of proposals of each image is known without asking the device.
-        index = torch.cat(
-            [
-                r.pos_inds.new_full((len(r.pos_priors) + len(r.neg_priors),), image)
-                for image, r in enumerate(sampling_results)
-            ]
-        )
-        objects = torch.cat([r.pos_gt_labels for r in sampling_results])
-        count = len(sampling_results)
-        ranked = self.rank_calls(calls, cls_score, index, count, objects)
-        result['loss_bbox'].update(ranked)
-        return result

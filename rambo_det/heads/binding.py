@@ -179,8 +179,7 @@ class RaMBOHeadMixin:
             logits (Tensor): Some output of the classifier, its columns in the last
                 dimension; stands in for rows where there are none.
             images (Tensor): The image of each row of all calls, (N,).
-            num_images (int, optional): Number of images; without it, the device is
-                asked for it where a term ranks each image on its own.
+            num_images (int, optional): Their number, which saves asking the device.
             objects (Tensor, optional): The labels of the ground truth (G,).
 
         Returns:

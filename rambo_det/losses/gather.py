@@ -83,27 +83,17 @@ class Step(NamedTuple):
 
     The rows of all processes have the same order in each, the first process' first, and
     no ignored ones. Only the scores of its own rows are connected to a process' graph.
-
-    Attributes:
-        scores: (N, C) scores.
-        labels: (N,) labels, negative where a row is ignored.
-        any_ignored: Whether a row may be ignored.
-        first: The first of the own rows.
-        kept: Which of its own rows the process ranks; ``None`` for all.
-        processes: How many processes there are.
-        present: For each ranking with groups, how many of its sequences have a
-            positive, in all processes; ``None`` with one process.
-        generator: Draws the same numbers in all processes; ``None`` for PyTorch's own.
     """
 
-    scores: Tensor
-    labels: Tensor
-    any_ignored: bool
-    first: int = 0
-    kept: Optional[Tensor] = None
+    scores: Tensor  # (N, C)
+    labels: Tensor  # (N,), negative where a row is ignored
+    any_ignored: bool  # whether a row may be
+    first: int = 0  # the first of the own rows
+    kept: Optional[Tensor] = None  # which of them are ranked; None for all
     processes: int = 1
+    # For each ranking with groups, how many sequences in all have a positive.
     present: Optional[List[int]] = None
-    generator: Optional[torch.Generator] = None
+    generator: Optional[torch.Generator] = None  # draws the same in all processes
 
     def place(self, ranking: Ranking) -> Ranking:
         """Return a ranking of the own rows as one of the rows of the step.

@@ -108,11 +108,9 @@ class RaMBOLoss(nn.Module):
         >>> from mmdet.registry import MODELS
         >>> loss_cls = MODELS.build(dict(type='RaMBOLoss'))
         >>> logits = torch.tensor([[9.0, -9.0], [-9.0, 9.0], [-9.0, -9.0]])
-        >>> labels = torch.tensor([0, 1, 2])  # the last row is background
-        >>> loss_cls(logits, labels)
+        >>> loss_cls(logits, torch.tensor([0, 1, 2]))  # the last row is background
         tensor(0.)
-        >>> labels = torch.tensor([2, 1, 0])
-        >>> bool(loss_cls(logits, labels) > 0)
+        >>> bool(loss_cls(logits, torch.tensor([2, 1, 0])) > 0)
         True
     """
 
@@ -192,18 +190,14 @@ class RaMBOLoss(nn.Module):
         self._calls_without_positive: Optional[int] = 0
         self._warned_about_images = False
         # mmdet's RoI heads ask for these three to use the methods below.
-        self.custom_cls_channels = True
-        self.custom_activation = True
-        self.custom_accuracy = True
+        self.custom_cls_channels = self.custom_activation = self.custom_accuracy = True
 
     def extra_repr(self) -> str:
         """Show the settings in the printed model."""
-        return (
-            f'perturb={self.perturb!r}, gather={self.gather}, margin={self.margin}, '
-            f'margin_noise={self.margin_noise}, memory={self.memory}, '
-            f'scores={self.scores!r}, loss_weight={self.loss_weight}, '
-            f'terms={[tuple(term) for term in self.terms]}'
-        )
+        names = ('perturb', 'gather', 'margin', 'margin_noise', 'memory', 'scores')
+        shown = ', '.join(f'{name}={getattr(self, name)!r}' for name in names)
+        terms = [tuple(term) for term in self.terms]
+        return f'{shown}, loss_weight={self.loss_weight}, terms={terms}'
 
     # What mmdet's heads ask of a loss
 
