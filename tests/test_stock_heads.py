@@ -21,11 +21,12 @@ from check_stock_heads import (
 )
 from detectors import ROOT
 from markdown_table import markdown_row
+from mmdet.models.dense_heads import SOLOHead
 from mmdet.models.reid import linear_reid_head
 from mmdet.registry import MODELS
 from stock_heads import HEADS, NOT_APPLICABLE, stock_heads
 
-from rambo_det import RaMBODenseHeadMixin
+from rambo_det import RaMBODenseHeadMixin, RaMBOLoss
 from rambo_det.heads import owners
 from rambo_det.losses import rows
 
@@ -116,6 +117,35 @@ def test_the_head_that_needs_mmpretrain_ranks_its_people(monkeypatch):
     ]
     loss = head.loss((torch.randn(4, 8),), samples)['ce_loss']
     assert torch.isfinite(loss) and loss > 0
+
+
+# The recipe for any other head
+
+
+def test_the_recipe_of_the_docs_binds_a_head(monkeypatch):
+    """Every score is the number of its image, so rows tell where they are from."""
+    page = PAGE.read_text(encoding='utf-8')
+    code = page.split('<!-- recipe -->')[1].split('```python')[1].split('```')[0]
+    monkeypatch.setattr(MODELS, '_module_dict', dict(MODELS.module_dict))
+    exec(code, {})
+    forward, rank = SOLOHead.forward, RaMBOLoss.forward
+    seen = []
+
+    def numbered(self, x):
+        masks, scores = forward(self, x)
+        number = torch.arange(len(scores[0])).view(-1, 1, 1, 1)
+        return masks, [level * 0 + number for level in scores]
+
+    def watch(self, pred, *args, **kwargs):
+        seen.append((pred.detach(), kwargs['images']))
+        return rank(self, pred, *args, **kwargs)
+
+    monkeypatch.setattr(SOLOHead, 'forward', numbered)
+    monkeypatch.setattr(RaMBOLoss, 'forward', watch)
+    found = outcome('SOLOHead', 'RaMBOSOLOHead')
+    assert found.where == WORKS
+    ((pred, (images, num_images)),) = seen
+    assert num_images == 2 and torch.equal(pred[:, 0].long(), images)
 
 
 # The tool
