@@ -281,6 +281,24 @@ def test_fixed_margin(margin, values, data):
     assert result.tolist() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('noise', [False, True])
+@pytest.mark.parametrize('margin', [0.1, 1.7])
+def test_margin_is_its_formula_bit_for_bit(margin, noise, dtype):
+    """Whatever the strides: a seed always draws the same noise for an entry."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(30, 40, dtype=dtype, generator=generator)
+    targets = torch.rand(30, 40, generator=generator) < 0.3
+    draw = torch.ones(30, 40, dtype=dtype)
+    if noise:
+        seed = torch.Generator().manual_seed(1)
+        draw = torch.randn(30, 40, dtype=dtype, generator=seed).abs()
+    expected = scores + (0.5 - targets.to(dtype)) * margin * draw
+    for same in (scores, scores.t().contiguous().t()):
+        seed = torch.Generator().manual_seed(1)
+        assert torch.equal(apply_margin(same, targets, margin, noise, seed), expected)
+
+
 def test_random_margin_is_half_normal():
     targets = torch.arange(200_000) % 2
     generator = torch.Generator().manual_seed(0)

@@ -7,10 +7,8 @@ from torch import Tensor
 
 from .checks import (
     at_least_float32,
-    bool_mask,
     check_binary,
     check_lambd,
-    check_margin,
     check_perturb,
     check_scores,
 )
@@ -27,19 +25,17 @@ def apply_margin(
 ) -> Tensor:
     """Lower positives and raise negatives by half the margin before ranking.
 
-    The margin keeps scores from collapsing to ties (Rolínek et al., CVPR 2020,
-    arXiv 1912.03500, section 4.2).
+    It keeps scores from collapsing to ties (section 4.2 of arXiv 1912.03500).
 
     Args:
         scores: Floating-point tensor of any shape.
         targets: Tensor of the same shape, nonzero or True for positives.
         margin: The distance α >= 0 between positives and negatives.
-        noise: Whether each entry's shift is multiplied by its own ``|N(0, 1)|``, as
-            the authors' mAP loss does.
+        noise: Whether each entry's shift is multiplied by its own ``|N(0, 1)|``.
         generator: Random generator for the noise.
 
     Returns:
-        The shifted scores; float32 for half-precision scores, else of their dtype.
+        The shifted scores, float32 for half-precision ones.
 
     Raises:
         TypeError: If ``scores`` or ``targets`` has the wrong type.
@@ -51,38 +47,42 @@ def apply_margin(
         tensor([0.7500, 1.2500])
     """
     check_scores('apply_margin', scores.reshape(-1), check_nan=False)
-    check_margin('apply_margin', margin)
+    if isinstance(margin, Tensor) or not 0 <= margin < float('inf'):
+        raise ValueError(
+            f'apply_margin: margin must be a finite number >= 0, got {margin!r}'
+        )
     positive = check_binary('apply_margin', 'targets', targets, scores)
     scores = at_least_float32(scores)
     if margin == 0:
         return scores
-    shift = (0.5 - positive.to(scores.dtype)) * margin
+    shift = torch.full_like(scores, margin / 2).masked_fill_(positive, -margin / 2)
     if noise:
-        size, device = scores.shape, scores.device
-        draw = torch.randn(size, generator=generator, device=device, dtype=scores.dtype)
-        shift = shift * draw.abs_()
+        draw = shift.new_empty(shift.shape).normal_(generator=generator)
+        shift *= draw.abs_()
     return scores + shift
 
 
 def _rows(
-    name: str, scores: Tensor, targets: Tensor, mask: Optional[Tensor], lambd: float
-) -> Tuple[Tensor, Optional[Tensor], Ranking]:
-    """Positives, existing entries and ranking of an (R, n) problem."""
-    positive = check_binary(name, 'targets', targets, scores)
-    exists = bool_mask(name, mask, scores)
-    if exists is not None:
-        positive = positive & exists
-    count = scores.size(0)
-    groups = torch.arange(count, device=scores.device)
-    index = positive.reshape(-1).nonzero().squeeze(1)
-    return index, exists, Ranking(lambd, False, groups, count)
-
-
-def _hide_masked(scores: Tensor, mask: Optional[Tensor]) -> Tensor:
-    """Make what does not exist harmless: it may hold NaN."""
+    name: str,
+    scores: Tensor,
+    targets: Tensor,
+    mask: Optional[Tensor],
+    check_nan: bool,
+    lambd: float = 1.0,
+) -> Tuple[Tensor, Tensor, Optional[Tensor], Ranking]:
+    """Scores, positives, existing entries and ranking of an (R, n) problem."""
     if isinstance(mask, Tensor) and mask.shape == scores.shape:
-        return scores.masked_fill(mask == 0, 0.0)
-    return scores
+        scores = scores.masked_fill(mask == 0, 0.0)  # what does not exist may be NaN
+    check_scores(name, scores, check_nan, ndim=2)
+    positive = check_binary(name, 'targets', targets, scores)
+    exists = None
+    if mask is not None:
+        exists = check_binary(name, 'mask', mask, scores)
+        positive = positive & exists
+    index = positive.reshape(-1).nonzero().squeeze(1)
+    groups = torch.arange(len(scores), device=scores.device)
+    ranking = Ranking(lambd, False, groups, len(scores))
+    return at_least_float32(scores), index, exists, ranking
 
 
 def average_precision(
@@ -117,12 +117,8 @@ def average_precision(
         >>> average_precision(scores, torch.tensor([[1, 0, 1, 0]]))
         tensor([0.8333])
     """
-    scores = _hide_masked(scores, mask)
-    check_scores('average_precision', scores, check_nan, ndim=2)
-    scores = at_least_float32(scores.detach())
-    return sequence_average_precision(
-        scores, *_rows('average_precision', scores, targets, mask, lambd=1.0)
-    )
+    problem = _rows('average_precision', scores, targets, mask, check_nan)
+    return sequence_average_precision(*problem)
 
 
 def ap_loss(
@@ -139,19 +135,17 @@ def ap_loss(
 ) -> Tensor:
     """``1 - AP`` of each row, differentiated as a blackbox.
 
-    Rolínek et al., *Optimizing Rank-based Metrics with Blackbox Differentiation*, CVPR
-    2020 (arXiv 1912.03500). The gradient of a row is Algorithm 1 with incoming
-    gradient 1, ``-(rk(y) - rk(y + lambd * g)) / (n * lambd)`` with ``g = n * rk+ / (P *
-    rk^2)`` for positives and 0 for negatives, multiplied by the incoming gradient
-    afterwards: unlike in a literal composition, a loss weight weights, and λ belongs
-    to the sequence alone.
+    The gradient of a row is Algorithm 1 with incoming gradient 1,
+    ``-(rk(y) - rk(y + lambd * g)) / (n * lambd)`` with ``g = n * rk+ / (P * rk^2)`` for
+    positives and 0 for negatives (Rolínek et al., arXiv 1912.03500). It is multiplied
+    by the incoming gradient afterwards: unlike in a literal composition, a loss weight
+    weights, and λ belongs to the sequence alone.
 
     With ``perturb='singly'`` each positive is moved by λ while all others stay. Its
     gradient is the loss that this gains, ``(rk+ / (rk - k) - rk+ / rk) / P`` where it
-    passes k negatives, which share it equally. λ may be infinite: then each positive
-    moves to the top, and its gradient ``(1 - rk+ / rk) / P`` is the error-driven update
-    of Chen et al., *Towards Accurate One-Stage Object Detection with AP-Loss*, CVPR
-    2019 (arXiv 1904.06373). ``docs/algorithm.md`` derives both.
+    passes k negatives, which share it equally. With an infinite λ each positive moves
+    to the top, and its gradient ``(1 - rk+ / rk) / P`` is the error-driven update of
+    AP Loss (Chen et al., arXiv 1904.06373). ``docs/algorithm.md`` derives both.
 
     Args:
         scores: (R, n) floating-point tensor, one sequence per row.
@@ -159,15 +153,15 @@ def ap_loss(
         lambd: Interpolation range λ > 0; with 'singly' in units of the scores.
         margin: α >= 0; positives are lowered and negatives raised by half of it.
         margin_noise: Whether the shift is multiplied by ``|N(0, 1)|``, drawn anew.
-        mask: (R, n) tensor; zero or False means that the entry does not exist: it has
-            no rank and does not count in n.
+        mask: (R, n) tensor, zero or False for entries that do not exist: they have no
+            rank and do not count in n.
         generator: Random generator for the noise.
         check_nan: Whether to raise on NaN.
         perturb: Whether positives are moved 'together', as in the paper, or 'singly'.
 
     Returns:
-        (R,) tensor with values in [0, 1); 0 with zero gradient for a row without
-        positives. float32 for half-precision scores, else of their dtype.
+        (R,) tensor with values in [0, 1), float32 for half-precision scores; 0 with
+        zero gradient for a row without positives.
 
     Raises:
         TypeError: If ``scores`` is no floating-point tensor.
@@ -184,19 +178,18 @@ def ap_loss(
         >>> scores.grad
         tensor([[ 1.0000, -0.5000, -0.5000,  0.0000]])
     """
-    scores = _hide_masked(scores, mask)
-    check_scores('ap_loss', scores, check_nan, ndim=2)
     together = check_perturb('ap_loss', perturb)
     check_lambd('ap_loss', lambd, together)
-    scores = at_least_float32(scores)
+    scores, positives, exists, ranking = _rows(
+        'ap_loss', scores, targets, mask, check_nan, float(lambd)
+    )
     scores = apply_margin(scores, targets, margin, margin_noise, generator)
-    positives, exists, ranking = _rows('ap_loss', scores, targets, mask, float(lambd))
     results = sequence_ap_loss(scores, positives, exists, [ranking], together=together)
     return results[0][0]
 
 
 def _detection(
-    scores: Tensor, labels: Tensor, any_ignored: bool
+    scores: Tensor, labels: Tensor, any_ignored: bool = True
 ) -> Tuple[Tensor, Optional[Tensor]]:
     """Positives and existing rows of an (N, C) problem."""
     num_cols = scores.size(1)
@@ -218,9 +211,8 @@ def detection_average_precision(
     Returns:
         (S,) tensor; NaN for a sequence without positives.
     """
-    scores = at_least_float32(scores.detach())
-    positives, exists = _detection(scores, labels, any_ignored=True)
-    return sequence_average_precision(scores, positives, exists, ranking)
+    scores = at_least_float32(scores)
+    return sequence_average_precision(scores, *_detection(scores, labels), ranking)
 
 
 def detection_ap_loss(
@@ -238,8 +230,7 @@ def detection_ap_loss(
     for several rankings of the same scores at once. Values are not checked.
 
     Args:
-        scores: (N, C) floating-point tensor, one row per anchor or proposal and one
-            column per class.
+        scores: (N, C) floating-point tensor: anchors or proposals, and classes.
         labels: (N,) int64 tensor: 0..C-1 foreground, C or more background, negative
             for rows that do not exist.
         rankings: What is ranked; see :class:`Ranking`.
@@ -248,8 +239,8 @@ def detection_ap_loss(
         perturb: 'together' or 'singly', see :func:`ap_loss`.
 
     Returns:
-        For each ranking a tuple ``(losses, present)`` of shape (S,): the loss of each
-        sequence, and True where it has a positive.
+        For each ranking the losses of its sequences, (S,), and (S,) True where there
+        is a positive.
 
     Example:
         >>> import torch

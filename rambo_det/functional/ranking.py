@@ -6,15 +6,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import at_least_float32, check_positive, check_scores, representable
+from .checks import at_least_float32, check_lambd, check_scores, representable
 
 
 def _rank(scores: Tensor, dim: int) -> Tensor:
     order = scores.argsort(dim=dim, descending=True, stable=True)
-    shape = [1] * scores.dim()
-    shape[dim] = scores.size(dim)
     positions = torch.arange(1, scores.size(dim) + 1, device=scores.device)
-    positions = positions.view(shape).expand_as(order)
+    positions = positions.expand_as(order.transpose(dim, -1)).transpose(dim, -1)
     return torch.empty_like(order).scatter_(dim, order, positions)
 
 
@@ -27,8 +25,8 @@ def rank(scores: Tensor, dim: int = -1, *, check_nan: bool = True) -> Tensor:
         check_nan: Whether to raise on NaN.
 
     Returns:
-        int64 tensor of the shape of ``scores`` with values 1..n; equal scores are
-        ranked by their index, the first highest.
+        int64 tensor of the shape of ``scores`` with values 1..n. Ties are ranked by
+        index, the first highest.
 
     Raises:
         TypeError: If ``scores`` is no floating-point tensor.
@@ -67,11 +65,9 @@ def blackbox_rank(
     """Rank scores, normalised by length, with Algorithm 1 as the gradient.
 
     With ``r(y) = rank(y) / n`` and the incoming gradient ``g``, the backward pass
-    returns ``-(r(y) - r(y + lambd * g)) / lambd`` (Algorithm 1 of Vlastelica et al.,
-    *Differentiation of Blackbox Combinatorial Solvers*, ICLR 2020, arXiv 1912.02175,
-    for the ranking solver of Rolínek et al., CVPR 2020, arXiv 1912.03500). Any
-    rank-based loss can be composed from it. Note that this gradient is not linear in
-    ``g``: a factor on the loss changes it like a factor on ``lambd`` does.
+    returns ``-(r(y) - r(y + lambd * g)) / lambd``. Any rank-based loss can be composed
+    from it. This gradient is not linear in ``g``: a factor on the loss changes it like
+    a factor on ``lambd`` does.
 
     Args:
         scores: Floating-point tensor of any shape with at least one dimension.
@@ -80,14 +76,13 @@ def blackbox_rank(
         check_nan: Whether to raise on NaN.
 
     Returns:
-        Tensor of the shape of ``scores`` with values in (0, 1], 1/n being the
-        highest score; float32 for half-precision scores, else of their dtype. Ties
-        are ranked by index.
+        Tensor of the shape of ``scores`` with values in (0, 1], 1/n for the highest
+        score; float32 for half-precision scores. Ties are ranked by index.
 
     Raises:
         TypeError: If ``scores`` is no floating-point tensor.
-        ValueError: If ``lambd`` is not positive, or ``scores`` has no dimension or
-            contains NaN.
+        ValueError: If ``lambd`` is not positive and finite, or ``scores`` has no
+            dimension or contains NaN.
 
     Example:
         >>> import torch
@@ -100,7 +95,7 @@ def blackbox_rank(
         tensor([-0.3750,  0.1250,  0.1250,  0.1250])
     """
     check_scores('blackbox_rank', scores, check_nan)
-    check_positive('blackbox_rank', 'lambd', lambd)
+    check_lambd('blackbox_rank', lambd)
     dim = dim if dim >= 0 else dim + scores.dim()
     scores = at_least_float32(scores)
     return _BlackboxRank.apply(scores, representable(lambd, scores.dtype), dim)

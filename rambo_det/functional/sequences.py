@@ -50,33 +50,25 @@ class View:
         margin: float,
     ) -> None:
         self.whole = scores.view(-1)
-        self.offset = ranking.first_row * scores.size(1)
-        rows = len(scores) if ranking.num_rows is None else ranking.num_rows
-        if rows < len(scores):
-            part = slice(ranking.first_row, ranking.first_row + rows)
-            scores, exists = scores[part], None if exists is None else exists[part]
-            inside = positives < self.offset + scores.numel()
-            if self.offset:
-                inside &= positives >= self.offset
-            positives = positives[inside]
-        self.scores = scores
-        self.positives = positives
-        self.exists = exists
-        self.ranking = ranking
-        self.margin = margin
         self.num_cols = scores.size(1)
-        self.num_sequences = ranking.num_groups * (
-            self.num_cols if ranking.per_class else 1
-        )
-        ids = self.sequence_of(positives)
-        self.ids = torch.zeros_like(positives) if ids is None else ids
+        self.offset = ranking.first_row * self.num_cols
+        if ranking.num_rows is not None and ranking.num_rows < len(scores):
+            part = slice(ranking.first_row, ranking.first_row + ranking.num_rows)
+            scores, exists = scores[part], None if exists is None else exists[part]
+            end = self.offset + scores.numel()
+            positives = positives[(positives >= self.offset) & (positives < end)]
+        self.scores, self.positives, self.exists = scores, positives, exists
+        self.ranking, self.margin = ranking, margin
+        columns = self.num_cols if ranking.per_class else 1
+        self.num_sequences = ranking.num_groups * columns
+        self.ids = self.sequence_of(positives).expand_as(positives)
         self.scores_of_positives = self.scores_of(positives, -1)
 
-    def sequence_of(self, index: Tensor) -> Optional[Tensor]:
-        """Return the sequence of flat indices, or ``None`` if there is only one."""
+    def sequence_of(self, index: Tensor) -> Tensor:
+        """Return the sequence of flat indices; a single 0 if there is only one."""
         groups, num_cols = self.ranking.groups, self.num_cols
         if self.num_sequences == 1:
-            return None
+            return index.new_zeros(())
         if groups is None:
             return index % num_cols
         row = torch.div(index - self.offset, num_cols, rounding_mode='floor')
@@ -90,24 +82,19 @@ class View:
 
     def lengths(self) -> Tensor:
         """Return the number of entries of each sequence, (S,)."""
-        groups, exists = self.ranking.groups, self.exists
-        per_class, num_rows = self.ranking.per_class, len(self.scores)
-        width = 1 if per_class else self.num_cols
-        device = self.scores.device
-        if exists is None and groups is None:
-            return torch.full((self.num_sequences,), num_rows * width, device=device)
-        if exists is None:
-            per_row = torch.full((num_rows, 1), width, device=device)
-        elif exists.size(1) == 1:
-            per_row = exists * width
-        else:
-            per_row = exists.long() if per_class else exists.sum(1, keepdim=True)
+        groups, per_class = self.ranking.groups, self.ranking.per_class
+        count = self.exists
+        if count is None:
+            count = self.ids.new_ones((len(self.scores), 1))
+        if not per_class:
+            all_columns = count.size(1) == self.num_cols
+            count = count.sum(1, keepdim=True) * (1 if all_columns else self.num_cols)
         if groups is None:
-            lengths = per_row.sum(0, keepdim=True)
+            count = count.sum(0, keepdim=True)
         else:
-            lengths = per_row.new_zeros((self.ranking.num_groups, per_row.size(1)))
-            lengths.index_add_(0, groups, per_row)
-        return lengths.expand(-1, self.num_cols if per_class else 1).reshape(-1)
+            total = self.ids.new_zeros((self.ranking.num_groups, count.size(1)))
+            count = total.index_add_(0, groups, count.long())
+        return count.expand(-1, self.num_cols if per_class else 1).reshape(-1)
 
     def relevant_negatives(self) -> Tensor:
         """Return flat indices of the negatives not below all positives of theirs."""
@@ -122,7 +109,7 @@ class View:
         floor = floor.view(self.ranking.num_groups, -1)
         if self.ranking.groups is not None:
             floor = floor[self.ranking.groups]
-        relevant = self.scores >= (floor.view(()) if floor.numel() == 1 else floor)
+        relevant = self.scores >= floor
         if self.exists is not None:
             relevant &= self.exists
         relevant = relevant.view(-1)
