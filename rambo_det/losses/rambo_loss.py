@@ -71,12 +71,10 @@ class RaMBOLoss(nn.Module):
             before ranking, in units of the scores. Defaults to 1.
         margin_noise (bool): Whether each shift is multiplied by its own ``|N(0, 1)|``,
             drawn anew every step. Defaults to True.
-        memory (int): τ, the number of past steps whose scores also count in spans
-            'memory', without gradient; 0 for none. Defaults to 7, but by default no
-            term has that span.
-        scores (str): What is ranked: 'logits', 'sigmoid', 'softmax' or 'log_softmax'.
-            With the last two the classifier has a background column, else one column
-            per class. Defaults to 'logits'.
+        memory (int): τ, the number of past steps whose scores also count where a span
+            is 'memory', without gradient. By default none is. Defaults to 7.
+        scores (str): What is ranked: 'logits' (the default), 'sigmoid', 'softmax' or
+            'log_softmax'. The last two need a background column in the classifier.
         class_ap (dict, optional): ``dict(weight, span, lambd)`` of the class-wise term,
             with span 'memory', 'batch' or 'image'. Missing keys default to weight 1,
             span 'batch' and the loss' ``lambd``. ``None`` switches the term off.
