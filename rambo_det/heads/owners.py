@@ -69,7 +69,7 @@ def _refusal(head: nn.Module, loss: RaMBOLoss, bound: Optional[str]) -> Optional
 
 
 def _check_matching(head: nn.Module, loss: RaMBOLoss) -> None:
-    """Raise if a head matches by a softmax, blind to the offset by which queries rank."""
+    """Raise if a head matches by a softmax, which an offset of a query cancels in."""
     costs = getattr(getattr(head, 'assigner', None), 'match_costs', ())
     if loss.has_background or not any(isinstance(c, ClassificationCost) for c in costs):
         return
