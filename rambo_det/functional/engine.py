@@ -217,7 +217,7 @@ class _Solver:
     def move_singly(self, before: _Placed) -> Tuple[Tensor, ...]:
         """Algorithm 1 on the rank of each positive among the negatives, on its own."""
         dtype = self.scores.dtype
-        top = self.lambd.isinf()
+        top = self.lambd == float('inf')
         after, now = before, before.among
         if any(view.ranking.lambd < float('inf') for view in self.views):
             rise = _take(self.lambd, self.ids)
@@ -227,7 +227,7 @@ class _Solver:
             now = torch.where(_take(top, self.ids), now, moved)
         old, new, sequence, place = self.passage(before, after)
         # At the top, all negatives stand below all positives of their sequence.
-        new = torch.maximum(new, _take(self.last_gap * top, sequence))
+        new.clamp_(min=_take(self.last_gap * top, sequence))
         among, rank = before.among.to(dtype), before.overall.to(dtype)
         gain = (among / now.to(dtype) - among / rank).clamp_(min=0)
         gain /= _take(self.counts.to(dtype), self.ids)

@@ -70,10 +70,12 @@ class View:
         if self.num_sequences == 1:
             return index.new_zeros(())
         if groups is None:
-            return index % num_cols
+            return index.fmod(num_cols)  # faster than %, and the same above 0
         row = torch.div(index - self.offset, num_cols, rounding_mode='floor')
         group = groups.index_select(0, row)
-        return group * num_cols + index % num_cols if self.ranking.per_class else group
+        if not self.ranking.per_class:
+            return group
+        return index.fmod(num_cols).add_(group, alpha=num_cols)
 
     def scores_of(self, index: Tensor, sign: int) -> Tensor:
         """Return the scores of flat indices, margin applied, as a new tensor."""
@@ -114,7 +116,7 @@ class View:
             relevant &= self.exists
         relevant = relevant.view(-1)
         relevant[self.positives - self.offset] = False
-        return true_indices(relevant) + self.offset
+        return true_indices(relevant).add_(self.offset)
 
     def num_bins(self, num_negatives: int) -> int:
         """Return the number of bins per sequence."""
