@@ -73,9 +73,8 @@ class View:
             return index.fmod(num_cols)  # faster than %, and the same above 0
         row = torch.div(index - self.offset, num_cols, rounding_mode='floor')
         group = groups.index_select(0, row)
-        if not self.ranking.per_class:
-            return group
-        return index.fmod(num_cols).add_(group, alpha=num_cols)
+        own = index.fmod(num_cols).add_(group, alpha=num_cols)
+        return own if self.ranking.per_class else group
 
     def scores_of(self, index: Tensor, sign: int) -> Tensor:
         """Return the scores of flat indices, margin applied, as a new tensor."""

@@ -40,10 +40,7 @@ class RaMBODenseHeadMixin(RaMBOHeadMixin):
     Put it before any subclass of mmdet's ``AnchorHead`` or ``AnchorFreeHead`` that
     calls ``loss_cls`` once per level or once per batch, levels one after the other and
     the rows of an image together in each. The head works with other losses as the
-    stock head does.
-
-    What the config of :class:`~rambo_det.losses.RaMBOLoss` leaves open becomes
-    ``scores='logits'``, ``memory=0`` and the ``use_sigmoid`` that goes with them.
+    stock head does. By default it has no memory.
     """
 
     background = False

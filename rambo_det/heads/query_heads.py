@@ -31,9 +31,7 @@ class RaMBOQueryHeadMixin(RaMBOHeadMixin):
     with other losses as the stock head does; ``bg_cls_weight`` mmdet reads in
     ``DETRHead`` itself alone.
 
-    What the config of :class:`~rambo_det.losses.RaMBOLoss` leaves open becomes
-    ``scores='logits'`` and ``memory=0``. All parts share the loss, so that a memory is
-    refused.
+    All parts share the loss, so that a memory is refused.
     """
 
     background = False
