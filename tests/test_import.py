@@ -70,7 +70,7 @@ def test_what_configs_ask_for_by_name_is_left_out():
     code = """
 import rambo_det
 assert 'rambo_det.heads.bbox_heads' in sys.modules
-assert not {'rambo_det.baselines', 'rambo_det.baselines.autocast'} & set(sys.modules)
+assert 'rambo_det.baselines' not in sys.modules
 """
     result = run(code)
     assert result.returncode == 0, result.stderr

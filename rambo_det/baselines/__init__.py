@@ -12,6 +12,7 @@ from .losses import ap_loss, literal_loss, positive_index, rank_sort_loss
 __all__ = ['ap_loss', 'literal_loss', 'positive_index', 'rank_sort_loss']
 
 if find_spec('mmdet') is not None:
+    from .autocast import AutocastRaMBOShared2FCBBoxHead
     from .heads import RivalLoss, RivalShared2FCBBoxHead
 
-    __all__ += ['RivalLoss', 'RivalShared2FCBBoxHead']
+    __all__ += ['AutocastRaMBOShared2FCBBoxHead', 'RivalLoss', 'RivalShared2FCBBoxHead']

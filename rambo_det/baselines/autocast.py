@@ -2,9 +2,7 @@
 
 mmengine's ``AmpOptimWrapper`` wants a GPU, and mmcv's RoIAlign and NMS know no bfloat16
 on a CPU, so that a whole two-stage detector cannot train in it there. The layers whose
-output is ranked can. ``import rambo_det`` leaves this module out. A config asks for it
-with ``custom_imports = dict(imports=['rambo_det.baselines.autocast'],
-allow_failed_imports=False)``; see ``configs/bccd``.
+output is ranked can; see ``configs/bccd``.
 """
 
 from __future__ import annotations

@@ -48,7 +48,8 @@ class RaMBOBBoxHeadMixin(RaMBOHeadMixin):
         (found,) = (a for a in [*args, *kw.values()] if isinstance(a, list))
         counts = [len(r.pos_priors) + len(r.neg_priors) for r in found]
         images = [
-            r.pos_inds.new_full((n,), i) for i, (r, n) in enumerate(zip(found, counts))
+            r.pos_gt_labels.new_full((n,), i)
+            for i, (r, n) in enumerate(zip(found, counts))
         ]
         objects = torch.cat([r.pos_gt_labels for r in found])
         result['loss_bbox'].update(
