@@ -22,23 +22,12 @@ from .arguments import (
 )
 from .gather import Exchange, Step, gather_step
 from .memory import ScoreMemory
-from .rows import Images, Owner, Rows, check_reduction, check_rows
+from .rows import Images, Owner, Ranked, Rows, check_reduction, check_rows
 
 # What RaMBOScheduleHook can change during training.
 SCHEDULED = ('lambd', 'margin', 'loss_weight', 'auxiliary')
 # After so many calls without a positive, the loss says so.
 PATIENCE = 50
-
-
-class Ranked(nn.Module):
-    """Hands on what is ranked: the place for forward hooks that look at it.
-
-    The gradient of the scores is that of the ranking alone, without the auxiliary loss.
-    """
-
-    def forward(self, scores: Tensor, labels: Tensor) -> Tuple[Tensor, Tensor]:
-        """Return scores (N, C) and labels (N,), negative in ignored rows."""
-        return scores, labels
 
 
 @MODELS.register_module()

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORED = -1
 
@@ -24,6 +24,17 @@ class Rows(NamedTuple):
         if not self.any_ignored:
             return self.pred
         return self.pred.masked_fill((self.labels < 0).unsqueeze(1), 0.0)
+
+
+class Ranked(nn.Module):
+    """Hands on what is ranked: the place for forward hooks that look at it.
+
+    The gradient of the scores is that of the ranking alone, without the auxiliary loss.
+    """
+
+    def forward(self, scores: Tensor, labels: Tensor) -> Tuple[Tensor, Tensor]:
+        """Return scores (N, C) and labels (N,), negative in ignored rows."""
+        return scores, labels
 
 
 class Owner(NamedTuple):
