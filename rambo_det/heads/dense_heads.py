@@ -70,7 +70,7 @@ class RaMBODenseHeadMixin(RaMBOHeadMixin):
         if losses is None:  # no anchor is in an image, at which mmdet stops
             return None
         index = self._images_of_rows(cls_scores, sum(len(c.pred) for c in calls))
-        logits = cls_scores[0].flatten().view(-1, self.cls_out_channels)
+        logits = cls_scores[0][:0].reshape(-1, self.cls_out_channels)  # copies nothing
         ranked = self.rank_calls(calls, logits, index, len(cls_scores[0]), objects)
         losses[f'loss_{self.prefix}cls'] = ranked.pop('loss_cls')
         losses.update({self.prefix + name: value for name, value in ranked.items()})

@@ -1,6 +1,6 @@
 """One ranking over all processes: the rows of a step, and how they come together."""
 
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Sequence
 
 import torch
 from mmengine.dist import all_gather, get_rank
@@ -111,28 +111,24 @@ class Step(NamedTuple):
             groups=groups, num_rows=len(groups), first_row=self.first
         )
 
-    def means(
-        self, rankings: Sequence[Ranking], results: Sequence[Tuple[Tensor, Tensor]]
+    def over_all(
+        self, rankings: List[Ranking], losses: List[Tensor], means: List[Tensor]
     ) -> List[Tensor]:
-        """Return each ranking's mean over the sequences of all processes.
+        """Turn the means over the own sequences into those over all processes'.
 
-        The results are for each sequence its loss and whether it has a positive; those
-        without one have loss 0 and do not count. The gradient of the loss over all rows
-        is the sum over the processes, and ``DistributedDataParallel`` averages: hence
-        the factor on the gradient. The value has it too where it is the sum over a
-        process' own sequences: the average of what the processes report is the loss.
+        The gradient of the loss over all rows is the sum over the processes, and
+        ``DistributedDataParallel`` averages: hence the factor on it. The value has the
+        factor too where the mean is over a process' own sequences: the average of what
+        the processes report is the loss.
         """
-        means = []
-        for number, (ranking, (losses, present)) in enumerate(zip(rankings, results)):
+        found = []
+        for number, (ranking, own, mean) in enumerate(zip(rankings, losses, means)):
             if self.present is not None and ranking.groups is not None:
-                count = max(self.present[number], 1)
-                means.append(losses.sum() * (self.processes / count))
-                continue
-            mean = losses.sum() / present.sum().clamp(min=1)
-            if self.processes > 1:
+                mean = own.sum() * (self.processes / max(self.present[number], 1))
+            elif self.processes > 1:
                 mean = mean.detach() + self.processes * (mean - mean.detach())
-            means.append(mean)
-        return means
+            found.append(mean)
+        return found
 
 
 def gather_step(

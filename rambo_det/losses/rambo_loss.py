@@ -288,7 +288,9 @@ class RaMBOLoss(nn.Module):
                 any(term.span == 'image' for term in self.terms),
                 self.check_values,
             )
-            scores, labels = self.ranked(self._scores(rows), rows.labels)
+            if self.scores != 'logits' or self.auxiliary is not None:
+                rows = rows.harmless()
+            scores, labels = self.ranked(self._scores(rows.pred), rows.labels)
             rankings = [self._ranking(term, rows) for term in self.terms]
         except Exception:
             if together:  # the others wait for this process
@@ -315,8 +317,12 @@ class RaMBOLoss(nn.Module):
             any_ignored=any_ignored,
             perturb=self.perturb,
         )
-        self._report(results, rows.any_positive)
-        means = step.means(rankings, results)
+        # Sequences without a positive have loss 0 and do not count.
+        losses = [own for own, _ in results]
+        counts = [present.sum() for _, present in results]
+        means = [own.sum() / n.clamp(min=1) for own, n in zip(losses, counts)]
+        self._report(means, counts, rows.any_positive)
+        means = step.over_all(rankings, losses, means)
         loss = sum(
             (term.weight * mean for term, mean in zip(self.terms, means)),
             scores.new_zeros(()),
@@ -329,9 +335,8 @@ class RaMBOLoss(nn.Module):
             background = pred.size(1) - self.has_background
             labels = rows.labels.masked_fill(rows.labels < 0, background)
             given = labels if isinstance(target, Tensor) else (labels, target[1])
-            loss = loss + share * self.auxiliary(
-                rows.harmless(), given, weight, avg_factor=avg_factor
-            )
+            other = self.auxiliary(rows.pred, given, weight, avg_factor=avg_factor)
+            loss = loss + share * other
         return loss
 
     def _ranks_together(self, images: Optional[Images]) -> bool:
@@ -339,11 +344,11 @@ class RaMBOLoss(nn.Module):
         wanted = images is not None if self.gather is None else self.gather
         return self.training and wanted and get_world_size() > 1
 
-    def _scores(self, rows: Rows) -> Tensor:
+    def _scores(self, pred: Tensor) -> Tensor:
         """Turn logits into what is ranked, float32 at least, (N, C)."""
+        pred = at_least_float32(pred)
         if self.scores == 'logits':
-            return at_least_float32(rows.pred)
-        pred = at_least_float32(rows.harmless())
+            return pred
         if self.scores == 'sigmoid':
             return pred.sigmoid()
         activation = pred.softmax if self.scores == 'softmax' else pred.log_softmax
@@ -384,7 +389,7 @@ class RaMBOLoss(nn.Module):
         return torch.cat([scores, past[0]]), torch.cat([labels, past[1]]), True
 
     def _report(
-        self, results: List[Tuple[Tensor, Tensor]], any_positive: Optional[bool]
+        self, means: List[Tensor], counts: List[Tensor], any_positive: Optional[bool]
     ) -> None:
         """Keep the AP of a ranking for the log; warn if there never is a positive."""
         before, self._reported = self._reported, {}
@@ -393,9 +398,8 @@ class RaMBOLoss(nn.Module):
             return
         if any_positive:
             self._calls_without_positive = None
-        for term, (losses, present) in zip(self.terms, results):
-            count = present.sum()
-            value = 1 - losses.detach().sum() / count.clamp(min=1)
+        for term, mean, count in zip(self.terms, means, counts):
+            value = 1 - mean.detach()
             if any_positive is None:
                 last = before.get(term.name, value.new_full((), float('nan')))
                 value = torch.where(count > 0, value, last)

@@ -19,11 +19,12 @@ class Rows(NamedTuple):
     any_positive: Optional[bool]  # whether a row is foreground; None if nobody looked
     images: Optional[Tuple[Tensor, int]]  # (N,) image of each row, and their number
 
-    def harmless(self) -> Tensor:
-        """Return the logits without the NaN or inf that ignored rows may hold."""
+    def harmless(self) -> 'Rows':
+        """Return the rows without the NaN or inf that ignored ones may hold."""
         if not self.any_ignored:
-            return self.pred
-        return self.pred.masked_fill((self.labels < 0).unsqueeze(1), 0.0)
+            return self
+        ignored = (self.labels < 0).unsqueeze(1)
+        return self._replace(pred=self.pred.masked_fill(ignored, 0.0))
 
 
 class Ranked(nn.Module):
