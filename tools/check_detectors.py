@@ -22,6 +22,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import socket
 import statistics
 import sys
@@ -103,20 +104,19 @@ def _recorder() -> Any:
         def __init__(self) -> None:
             self.logs: list[dict[str, float]] = []
             self.precisions: list[float] = []
+            self.seen: list[float] = []  # of the calls in a step
             self.first_iter: int | None = None
             self.state: dict[str, Any] = {}
 
         def before_train(self, runner):
-            """Look at what the last stage ranks; decoder layers are several calls."""
+            """Look at what the last stage ranks."""
             losses = named_losses(runner)
             last = [name for name in losses if 'rpn' not in name][-1]
             losses[last].ranked.register_forward_hook(self.see)
 
         def see(self, module, args, ranked):
             value = detection_average_precision(*ranked, Ranking(1.0, per_class=True))
-            if len(self.precisions) == len(self.logs):
-                self.precisions.append(0.0)
-            self.precisions[-1] = float(value.nanmean().nan_to_num(0.0))
+            self.seen.append(float(value.nanmean().nan_to_num(0.0)))
 
         def before_train_iter(self, runner, batch_idx, data_batch=None):
             if self.first_iter is None:
@@ -125,6 +125,10 @@ def _recorder() -> Any:
 
         def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
             self.logs.append({k: float(v) for k, v in outputs.items()})
+            # Decoder layers are the first calls; the last of them is what predicts.
+            layers = sum(bool(re.fullmatch(r'(d\d+\.)?loss_cls', k)) for k in outputs)
+            self.precisions.append(self.seen[max(layers, 1) - 1])
+            self.seen.clear()
 
     return Record()
 
