@@ -14,6 +14,32 @@ from .checks import (
 )
 from .engine import sequence_ap_loss, sequence_average_precision
 from .sequences import Ranking
+from .sort_solver import sort_ap_loss, sort_average_precision
+
+Results = List[Tuple[Tensor, Tensor]]
+
+
+def sorts(scores: Tensor, solver: Optional[str] = None) -> bool:
+    """Return whether the sort solver ranks scores, and not the search solver.
+
+    On a CPU it is cheap to search for the few negatives that matter; an accelerator
+    sorts everything sooner than it tells the host how many there are.
+
+    Args:
+        scores: What is ranked.
+        solver: 'search' or 'sort'; ``None`` decides by the device.
+
+    Raises:
+        ValueError: If the solver is unknown.
+    """
+    if solver not in (None, 'search', 'sort'):
+        raise ValueError(f"solver must be None, 'search' or 'sort', got {solver!r}")
+    return scores.device.type != 'cpu' if solver is None else solver == 'sort'
+
+
+def _indices(positive: Tensor) -> Tensor:
+    """Flat indices of a mask, ascending."""
+    return positive.reshape(-1).nonzero().squeeze(1)
 
 
 def apply_margin(
@@ -70,7 +96,7 @@ def _rows(
     check_nan: bool,
     lambd: float = 1.0,
 ) -> Tuple[Tensor, Tensor, Optional[Tensor], Ranking]:
-    """Scores, positives, existing entries and ranking of an (R, n) problem."""
+    """Scores, positives (a mask), existing entries and ranking of (R, n) problems."""
     if isinstance(mask, Tensor) and mask.shape == scores.shape:
         scores = scores.masked_fill(mask == 0, 0.0)  # what does not exist may be NaN
     check_scores(name, scores, check_nan, ndim=2)
@@ -79,10 +105,9 @@ def _rows(
     if mask is not None:
         exists = check_binary(name, 'mask', mask, scores)
         positive = positive & exists
-    index = positive.reshape(-1).nonzero().squeeze(1)
     groups = torch.arange(len(scores), device=scores.device)
     ranking = Ranking(lambd, False, groups, len(scores))
-    return at_least_float32(scores), index, exists, ranking
+    return at_least_float32(scores), positive, exists, ranking
 
 
 def average_precision(
@@ -91,6 +116,7 @@ def average_precision(
     mask: Optional[Tensor] = None,
     *,
     check_nan: bool = True,
+    solver: Optional[str] = None,
 ) -> Tensor:
     """Exact average precision of each row.
 
@@ -103,6 +129,8 @@ def average_precision(
         targets: (R, n) tensor, nonzero or True for positives.
         mask: (R, n) tensor, zero or False for entries that do not exist.
         check_nan: Whether to raise on NaN.
+        solver: 'search' or 'sort', which give the same; by default, as the device
+            suggests.
 
     Returns:
         (R,) tensor with values in (0, 1]; NaN for a row without positives.
@@ -117,8 +145,12 @@ def average_precision(
         >>> average_precision(scores, torch.tensor([[1, 0, 1, 0]]))
         tensor([0.8333])
     """
-    problem = _rows('average_precision', scores, targets, mask, check_nan)
-    return sequence_average_precision(*problem)
+    scores, positive, exists, ranking = _rows(
+        'average_precision', scores, targets, mask, check_nan
+    )
+    if sorts(scores, solver):
+        return sort_average_precision(scores, positive, exists, ranking)
+    return sequence_average_precision(scores, _indices(positive), exists, ranking)
 
 
 def ap_loss(
@@ -132,6 +164,7 @@ def ap_loss(
     generator: Optional[torch.Generator] = None,
     check_nan: bool = True,
     perturb: str = 'together',
+    solver: Optional[str] = None,
 ) -> Tensor:
     """``1 - AP`` of each row, differentiated as a blackbox.
 
@@ -158,6 +191,8 @@ def ap_loss(
         generator: Random generator for the noise.
         check_nan: Whether to raise on NaN.
         perturb: Whether positives are moved 'together', as in the paper, or 'singly'.
+        solver: 'search' or 'sort', which give the same; by default, as the device
+            suggests.
 
     Returns:
         (R,) tensor with values in [0, 1), float32 for half-precision scores; 0 with
@@ -180,26 +215,33 @@ def ap_loss(
     """
     together = check_perturb('ap_loss', perturb)
     check_lambd('ap_loss', lambd, together)
-    scores, positives, exists, ranking = _rows(
+    scores, positive, exists, ranking = _rows(
         'ap_loss', scores, targets, mask, check_nan, float(lambd)
     )
     scores = apply_margin(scores, targets, margin, margin_noise, generator)
-    results = sequence_ap_loss(scores, positives, exists, [ranking], together=together)
+    results: Results
+    if sorts(scores, solver):
+        results = sort_ap_loss(scores, positive, exists, [ranking], together)
+    else:
+        index = _indices(positive)
+        results = sequence_ap_loss(scores, index, exists, [ranking], together=together)
     return results[0][0]
 
 
-def _detection(
-    scores: Tensor, labels: Tensor, any_ignored: bool = True
-) -> Tuple[Tensor, Optional[Tensor]]:
-    """Positives and existing rows of an (N, C) problem."""
+def _positives(scores: Tensor, labels: Tensor) -> Tensor:
+    """Mask (N, C) of the positives of an (N, C) problem."""
+    return labels.unsqueeze(1) == torch.arange(scores.size(1), device=labels.device)
+
+
+def _positive_indices(scores: Tensor, labels: Tensor) -> Tensor:
+    """Their flat indices, without a mask."""
     num_cols = scores.size(1)
     rows = ((labels >= 0) & (labels < num_cols)).nonzero().squeeze(1)
-    exists = (labels >= 0).unsqueeze(1) if any_ignored else None
-    return rows * num_cols + labels[rows], exists
+    return rows * num_cols + labels[rows]
 
 
 def detection_average_precision(
-    scores: Tensor, labels: Tensor, ranking: Ranking
+    scores: Tensor, labels: Tensor, ranking: Ranking, solver: Optional[str] = None
 ) -> Tensor:
     """Exact AP of each sequence of a detector's classification scores.
 
@@ -207,12 +249,18 @@ def detection_average_precision(
         scores: (N, C) floating-point tensor.
         labels: (N,) int64 tensor, as for :func:`detection_ap_loss`.
         ranking: What is ranked; its ``lambd`` is not used.
+        solver: See :func:`ap_loss`.
 
     Returns:
         (S,) tensor; NaN for a sequence without positives.
     """
     scores = at_least_float32(scores)
-    return sequence_average_precision(scores, *_detection(scores, labels), ranking)
+    exists = (labels >= 0).unsqueeze(1)
+    if sorts(scores, solver):
+        positive = _positives(scores, labels)
+        return sort_average_precision(scores, positive, exists, ranking)
+    index = _positive_indices(scores, labels)
+    return sequence_average_precision(scores, index, exists, ranking)
 
 
 def detection_ap_loss(
@@ -221,9 +269,12 @@ def detection_ap_loss(
     rankings: Sequence[Ranking],
     *,
     margin: float = 0.0,
+    margin_noise: bool = False,
+    generator: Optional[torch.Generator] = None,
     any_ignored: bool = True,
     perturb: str = 'together',
-) -> List[Tuple[Tensor, Tensor]]:
+    solver: Optional[str] = None,
+) -> Results:
     """``1 - AP`` over the rows of a classifier, differentiated as a blackbox.
 
     Loss and gradient are those of :func:`ap_loss` on the sequences spelled out as rows,
@@ -235,8 +286,11 @@ def detection_ap_loss(
             for rows that do not exist.
         rankings: What is ranked; see :class:`Ranking`.
         margin: α >= 0; positives are lowered and negatives raised by half of it.
+        margin_noise: Whether the shift is multiplied by ``|N(0, 1)|``, drawn anew.
+        generator: Random generator for the noise.
         any_ignored: False promises that no label is negative, which saves a pass.
         perturb: 'together' or 'singly', see :func:`ap_loss`.
+        solver: See :func:`ap_loss`.
 
     Returns:
         For each ranking the losses of its sequences, (S,), and (S,) True where there
@@ -249,7 +303,15 @@ def detection_ap_loss(
         >>> detection_ap_loss(scores, labels, [Ranking(0.5, per_class=True)])
         [(tensor([0.0000, 0.5000]), tensor([True, True]))]
     """
-    scores = at_least_float32(scores)
-    positives, exists = _detection(scores, labels, any_ignored)
     together = check_perturb('detection_ap_loss', perturb)
-    return sequence_ap_loss(scores, positives, exists, rankings, margin, together)
+    scores = at_least_float32(scores)
+    exists = (labels >= 0).unsqueeze(1) if any_ignored else None
+    sort = sorts(scores, solver)
+    if sort or (margin_noise and margin):
+        positive = _positives(scores, labels)
+        scores = apply_margin(scores, positive, margin, margin_noise, generator)
+        margin = 0.0
+    if sort:
+        return sort_ap_loss(scores, positive, exists, rankings, together)
+    index = _positive_indices(scores, labels)
+    return sequence_ap_loss(scores, index, exists, rankings, margin, together)

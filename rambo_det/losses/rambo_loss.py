@@ -8,7 +8,7 @@ from mmdet.registry import MODELS
 from mmengine.dist import get_world_size
 from torch import Tensor, nn
 
-from ..functional import Ranking, apply_margin, detection_ap_loss
+from ..functional import Ranking, detection_ap_loss
 from ..functional.checks import at_least_float32, check_perturb
 from .arguments import (
     DEFAULTS,
@@ -305,15 +305,13 @@ class RaMBOLoss(nn.Module):
             )
         rankings = [step.place(ranking) for ranking in rankings]
         scores, labels, any_ignored = self._with_memory(step)
-        if noise:
-            classes = torch.arange(scores.size(1), device=labels.device)
-            positive = labels.unsqueeze(1) == classes
-            scores = apply_margin(scores, positive, margin, True, step.generator)
         results = detection_ap_loss(
             scores,
             labels,
             rankings,
-            margin=0.0 if noise else margin,
+            margin=margin,
+            margin_noise=noise,
+            generator=step.generator,
             any_ignored=any_ignored,
             perturb=self.perturb,
         )
