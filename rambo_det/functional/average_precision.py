@@ -1,5 +1,6 @@
 """Average precision and the loss ``1 - AP`` with the blackbox gradient."""
 
+from functools import cached_property
 from typing import List, Optional, Sequence, Tuple
 
 import torch
@@ -12,34 +13,57 @@ from .checks import (
     check_perturb,
     check_scores,
 )
-from .engine import sequence_ap_loss, sequence_average_precision
+from .margin import Shift
 from .sequences import Ranking
 from .sort_solver import sort_ap_loss, sort_average_precision
+from .table_solver import suits, table_ap_loss, table_average_precision
 
 Results = List[Tuple[Tensor, Tensor]]
 
 
-def sorts(scores: Tensor, solver: Optional[str] = None) -> bool:
-    """Return whether the sort solver ranks scores, and not the search solver.
+class _Positives:
+    """The positives of a score matrix, told by a mask (N, C) or by labels (N,)."""
 
-    On a CPU it is cheap to search for the few negatives that matter; an accelerator
-    sorts everything sooner than it tells the host how many there are.
+    def __init__(self, scores: Tensor, mask_or_labels: Tensor) -> None:
+        self._given, self._columns = mask_or_labels, scores.size(1)
 
-    Args:
-        scores: What is ranked.
-        solver: 'search' or 'sort'; ``None`` decides by the device.
+    @cached_property
+    def mask(self) -> Tensor:
+        """True for positives, (N, C)."""
+        if self._given.dim() == 2:
+            return self._given
+        columns = torch.arange(self._columns, device=self._given.device)
+        return self._given.unsqueeze(1) == columns
+
+    @cached_property
+    def index(self) -> Tensor:
+        """Their flat indices, ascending."""
+        given = self._given
+        if given.dim() == 2:
+            return given.reshape(-1).nonzero().squeeze(1)
+        rows = ((given >= 0) & (given < self._columns)).nonzero().squeeze(1)
+        return rows * self._columns + given[rows]
+
+
+def _by_tables(
+    scores: Tensor,
+    positives: _Positives,
+    rankings: Sequence[Ranking],
+    solver: Optional[str],
+) -> bool:
+    """Return whether the table solver is to be used, and not the sort solver.
+
+    An accelerator sorts everything sooner than it tells the host which entries matter.
 
     Raises:
         ValueError: If the solver is unknown.
     """
-    if solver not in (None, 'search', 'sort'):
-        raise ValueError(f"solver must be None, 'search' or 'sort', got {solver!r}")
-    return scores.device.type != 'cpu' if solver is None else solver == 'sort'
-
-
-def _indices(positive: Tensor) -> Tensor:
-    """Flat indices of a mask, ascending."""
-    return positive.reshape(-1).nonzero().squeeze(1)
+    if solver not in (None, 'table', 'sort'):
+        raise ValueError(f"solver must be None, 'table' or 'sort', got {solver!r}")
+    if solver is None:
+        on_host = scores.device.type == 'cpu'
+        return on_host and suits(scores, positives.index, rankings)
+    return solver == 'table'
 
 
 def apply_margin(
@@ -95,8 +119,8 @@ def _rows(
     mask: Optional[Tensor],
     check_nan: bool,
     lambd: float = 1.0,
-) -> Tuple[Tensor, Tensor, Optional[Tensor], Ranking]:
-    """Scores, positives (a mask), existing entries and ranking of (R, n) problems."""
+) -> Tuple[Tensor, _Positives, Optional[Tensor], Ranking]:
+    """Scores, positives, existing entries and ranking of (R, n) problems."""
     if isinstance(mask, Tensor) and mask.shape == scores.shape:
         scores = scores.masked_fill(mask == 0, 0.0)  # what does not exist may be NaN
     check_scores(name, scores, check_nan, ndim=2)
@@ -107,7 +131,20 @@ def _rows(
         positive = positive & exists
     groups = torch.arange(len(scores), device=scores.device)
     ranking = Ranking(lambd, False, groups, len(scores))
-    return at_least_float32(scores), positive, exists, ranking
+    return at_least_float32(scores), _Positives(scores, positive), exists, ranking
+
+
+def _average_precision(
+    scores: Tensor,
+    positives: _Positives,
+    exists: Optional[Tensor],
+    ranking: Ranking,
+    solver: Optional[str],
+) -> Tensor:
+    """AP of each sequence of a ranking, (S,)."""
+    if _by_tables(scores, positives, [ranking], solver):
+        return table_average_precision(scores, positives.index, exists, ranking)
+    return sort_average_precision(scores, positives.mask, exists, ranking)
 
 
 def average_precision(
@@ -129,7 +166,7 @@ def average_precision(
         targets: (R, n) tensor, nonzero or True for positives.
         mask: (R, n) tensor, zero or False for entries that do not exist.
         check_nan: Whether to raise on NaN.
-        solver: 'search' or 'sort', which give the same; by default, as the device
+        solver: 'table' or 'sort', which give the same; by default, as the device
             suggests.
 
     Returns:
@@ -145,12 +182,8 @@ def average_precision(
         >>> average_precision(scores, torch.tensor([[1, 0, 1, 0]]))
         tensor([0.8333])
     """
-    scores, positive, exists, ranking = _rows(
-        'average_precision', scores, targets, mask, check_nan
-    )
-    if sorts(scores, solver):
-        return sort_average_precision(scores, positive, exists, ranking)
-    return sequence_average_precision(scores, _indices(positive), exists, ranking)
+    problem = _rows('average_precision', scores, targets, mask, check_nan)
+    return _average_precision(*problem, solver)
 
 
 def ap_loss(
@@ -191,7 +224,7 @@ def ap_loss(
         generator: Random generator for the noise.
         check_nan: Whether to raise on NaN.
         perturb: Whether positives are moved 'together', as in the paper, or 'singly'.
-        solver: 'search' or 'sort', which give the same; by default, as the device
+        solver: 'table' or 'sort', which give the same; by default, as the device
             suggests.
 
     Returns:
@@ -215,29 +248,16 @@ def ap_loss(
     """
     together = check_perturb('ap_loss', perturb)
     check_lambd('ap_loss', lambd, together)
-    scores, positive, exists, ranking = _rows(
+    scores, positives, exists, ranking = _rows(
         'ap_loss', scores, targets, mask, check_nan, float(lambd)
     )
     scores = apply_margin(scores, targets, margin, margin_noise, generator)
-    results: Results
-    if sorts(scores, solver):
-        results = sort_ap_loss(scores, positive, exists, [ranking], together)
+    if _by_tables(scores, positives, [ranking], solver):
+        index = positives.index
+        results = table_ap_loss(scores, index, exists, [ranking], Shift(), together)
     else:
-        index = _indices(positive)
-        results = sequence_ap_loss(scores, index, exists, [ranking], together=together)
+        results = sort_ap_loss(scores, positives.mask, exists, [ranking], together)
     return results[0][0]
-
-
-def _positives(scores: Tensor, labels: Tensor) -> Tensor:
-    """Mask (N, C) of the positives of an (N, C) problem."""
-    return labels.unsqueeze(1) == torch.arange(scores.size(1), device=labels.device)
-
-
-def _positive_indices(scores: Tensor, labels: Tensor) -> Tensor:
-    """Their flat indices, without a mask."""
-    num_cols = scores.size(1)
-    rows = ((labels >= 0) & (labels < num_cols)).nonzero().squeeze(1)
-    return rows * num_cols + labels[rows]
 
 
 def detection_average_precision(
@@ -254,13 +274,10 @@ def detection_average_precision(
     Returns:
         (S,) tensor; NaN for a sequence without positives.
     """
-    scores = at_least_float32(scores)
-    exists = (labels >= 0).unsqueeze(1)
-    if sorts(scores, solver):
-        positive = _positives(scores, labels)
-        return sort_average_precision(scores, positive, exists, ranking)
-    index = _positive_indices(scores, labels)
-    return sequence_average_precision(scores, index, exists, ranking)
+    positives, exists = _Positives(scores, labels), (labels >= 0).unsqueeze(1)
+    return _average_precision(
+        at_least_float32(scores), positives, exists, ranking, solver
+    )
 
 
 def detection_ap_loss(
@@ -306,12 +323,11 @@ def detection_ap_loss(
     together = check_perturb('detection_ap_loss', perturb)
     scores = at_least_float32(scores)
     exists = (labels >= 0).unsqueeze(1) if any_ignored else None
-    sort = sorts(scores, solver)
-    if sort or (margin_noise and margin):
-        positive = _positives(scores, labels)
-        scores = apply_margin(scores, positive, margin, margin_noise, generator)
-        margin = 0.0
-    if sort:
-        return sort_ap_loss(scores, positive, exists, rankings, together)
-    index = _positive_indices(scores, labels)
-    return sequence_ap_loss(scores, index, exists, rankings, margin, together)
+    positives = _Positives(scores, labels)
+    if _by_tables(scores, positives, rankings, solver):
+        shift = Shift(margin, margin_noise, generator)
+        index = positives.index
+        return table_ap_loss(scores, index, exists, rankings, shift, together)
+    positive = positives.mask
+    scores = apply_margin(scores, positive, margin, margin_noise, generator)
+    return sort_ap_loss(scores, positive, exists, rankings, together)

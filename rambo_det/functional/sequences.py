@@ -1,6 +1,6 @@
 """The sequences of a score matrix: which entries are ranked against each other."""
 
-from typing import NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -27,99 +27,120 @@ class Ranking(NamedTuple):
     num_rows: Optional[int] = None
     first_row: int = 0
 
+    def num_sequences(self, columns: int) -> int:
+        """Return the number of sequences of a matrix with so many columns."""
+        return self.num_groups * (columns if self.per_class else 1)
 
-def true_indices(mask: Tensor) -> Tensor:
-    """Indices of the True entries of a 1-D mask."""
-    if mask.device.type == 'cpu':
-        try:  # NumPy does it several times faster than PyTorch, which can do without
-            return torch.from_numpy(mask.numpy().nonzero()[0])
-        except RuntimeError:
-            pass
-    return mask.nonzero().squeeze(1)
+    def rows(self, count: int) -> Tuple[int, int]:
+        """Return the first row that takes part, of so many, and the one after."""
+        first, number = self.first_row, self.num_rows
+        return first, count if number is None else first + number
 
 
-class View:
-    """One ranking of the score matrix: its sequences, positives and negatives."""
+class Segment(NamedTuple):
+    """Rows that the same rankings cover."""
+
+    first: int
+    end: int
+    groups: Optional[Tensor]  # (rows,) the group of each
+    num_groups: int
+    first_kind: int
+
+
+class Kinds:
+    """The kinds of entries of a score matrix (N, C): all of a kind are ranked alike.
+
+    A kind is a segment of the rows, a group in it and, unless all rankings pool them, a
+    column; kinds are numbered in this order. Rankings with groups that cover the same
+    rows must have the same groups.
+
+    Attributes:
+        segments: The segments; rows of no ranking are in none.
+        count: The number of kinds; entries of no ranking have it as their kind.
+        sequences: For each ranking the sequence of each kind, (count + 1,), and the
+            number of its sequences for none.
+    """
 
     def __init__(
-        self,
-        scores: Tensor,
-        positives: Tensor,
-        exists: Optional[Tensor],
-        ranking: Ranking,
-        margin: float,
+        self, rows: int, columns: int, rankings: Sequence[Ranking], device: torch.device
     ) -> None:
-        self.whole = scores.view(-1)
-        self.num_cols = scores.size(1)
-        self.offset = ranking.first_row * self.num_cols
-        if ranking.num_rows is not None and ranking.num_rows < len(scores):
-            part = slice(ranking.first_row, ranking.first_row + ranking.num_rows)
-            scores, exists = scores[part], None if exists is None else exists[part]
-            end = self.offset + scores.numel()
-            positives = positives[(positives >= self.offset) & (positives < end)]
-        self.scores, self.positives, self.exists = scores, positives, exists
-        self.ranking, self.margin = ranking, margin
-        columns = self.num_cols if ranking.per_class else 1
-        self.num_sequences = ranking.num_groups * columns
-        self.ids = self.sequence_of(positives).expand_as(positives)
-        self.scores_of_positives = self.scores_of(positives, -1)
+        self.columns = columns
+        self.width = columns if any(of.per_class for of in rankings) else 1
+        self.column = torch.arange(columns, device=device).remainder_(self.width)
+        self._tiles: Dict[int, Tensor] = {}
+        self.segments: List[Segment] = []
+        self.count = 0
+        found: List[List[Tensor]] = [[] for _ in rankings]
+        cuts = sorted({edge for of in rankings for edge in of.rows(rows)})
+        for first, end in zip(cuts, cuts[1:]):
+            inside = [
+                begin <= first and end <= last
+                for begin, last in (of.rows(rows) for of in rankings)
+            ]
+            groups, size = None, 1
+            for of, covers in zip(rankings, inside):
+                if covers and of.groups is not None:
+                    groups = of.groups[first - of.first_row : end - of.first_row]
+                    size = of.num_groups
+            if any(inside):
+                self.segments.append(Segment(first, end, groups, size, self.count))
+                self.count += size * self.width
+                for of, covers, sequences in zip(rankings, inside, found):
+                    sequences.append(self._sequences(of, size, covers))
+        self.sequences = [
+            torch.cat([*sequences, self.column.new_tensor([of.num_sequences(columns)])])
+            for of, sequences in zip(rankings, found)
+        ]
 
-    def sequence_of(self, index: Tensor) -> Tensor:
-        """Return the sequence of flat indices; a single 0 if there is only one."""
-        groups, num_cols = self.ranking.groups, self.num_cols
-        if self.num_sequences == 1:
-            return index.new_zeros(())
-        if groups is None:
-            return index.fmod(num_cols)  # faster than %, and the same above 0
-        row = torch.div(index - self.offset, num_cols, rounding_mode='floor')
-        group = groups.index_select(0, row)
-        own = index.fmod(num_cols).add_(group, alpha=num_cols)
-        return own if self.ranking.per_class else group
+    def _sequences(self, ranking: Ranking, size: int, covers: bool) -> Tensor:
+        """Return the sequences in a ranking of the kinds of a segment with groups."""
+        shape = (size, self.width)
+        if not covers:
+            return self.column.new_full(
+                shape, ranking.num_sequences(self.columns)
+            ).view(-1)
+        group = torch.arange(size, device=self.column.device).unsqueeze(1)
+        if ranking.groups is None:
+            group = torch.zeros_like(group)
+        if ranking.per_class:
+            group = group * self.columns + self.column
+        return group.expand(shape).reshape(-1)
 
-    def scores_of(self, index: Tensor, sign: int) -> Tensor:
-        """Return the scores of flat indices, margin applied, as a new tensor."""
-        scores = self.whole.index_select(0, index)
-        return scores.add_(sign * self.margin / 2) if self.margin else scores
+    def of_rows(self, segment: Segment, rows: slice) -> Tensor:
+        """Return the kinds of all entries of some rows of a segment, flat, int32."""
+        kinds, count = self.column.int() + segment.first_kind, rows.stop - rows.start
+        if segment.groups is not None:
+            groups = segment.groups[rows.start - segment.first :][:count].int()
+            return (kinds + groups.unsqueeze(1) * self.width).view(-1)
+        known = self._tiles.get(segment.first_kind, kinds)
+        if len(known) < count * self.columns:
+            known = self._tiles[segment.first_kind] = kinds.repeat(count)
+        return known[: count * self.columns]
 
-    def lengths(self) -> Tensor:
-        """Return the number of entries of each sequence, (S,)."""
-        groups, per_class = self.ranking.groups, self.ranking.per_class
-        count = self.exists
-        if count is None:
-            count = self.ids.new_ones((len(self.scores), 1))
-        if not per_class:
-            all_columns = count.size(1) == self.num_cols
-            count = count.sum(1, keepdim=True) * (1 if all_columns else self.num_cols)
-        if groups is None:
-            count = count.sum(0, keepdim=True)
-        else:
-            total = self.ids.new_zeros((self.ranking.num_groups, count.size(1)))
-            count = total.index_add_(0, groups, count.long())
-        return count.expand(-1, self.num_cols if per_class else 1).reshape(-1)
+    def of_entries(self, index: Tensor) -> Tensor:
+        """Return the kinds of entries, given as flat indices."""
+        kinds = torch.full_like(index, self.count)
+        row = torch.div(index, self.columns, rounding_mode='floor')
+        column = self.column.index_select(0, index - row * self.columns)
+        for each in self.segments:
+            own = column + each.first_kind
+            if each.groups is not None:
+                place = (row - each.first).clamp(0, len(each.groups) - 1)
+                own += each.groups.index_select(0, place) * self.width
+            kinds = torch.where((row >= each.first) & (row < each.end), own, kinds)
+        return kinds
 
-    def relevant_negatives(self) -> Tensor:
-        """Return flat indices of the negatives not below all positives of theirs."""
-        floor = self.scores.new_full((self.num_sequences,), float('inf'))
-        floor.scatter_reduce_(0, self.ids, self.scores_of_positives, 'amin')
-        if self.margin:
-            # Below what x + margin / 2 >= floor demands, however that rounds: one
-            # negative too many does no harm.
-            slack = 4 * torch.finfo(floor.dtype).eps
-            floor = floor - self.margin / 2 - (floor.abs() + self.margin) * slack
-            floor = floor.nan_to_num(float('inf'), float('inf'), float('-inf'))
-        floor = floor.view(self.ranking.num_groups, -1)
-        if self.ranking.groups is not None:
-            floor = floor[self.ranking.groups]
-        relevant = self.scores >= floor
-        if self.exists is not None:
-            relevant &= self.exists
-        relevant = relevant.view(-1)
-        relevant[self.positives - self.offset] = False
-        return true_indices(relevant).add_(self.offset)
-
-    def num_bins(self, num_negatives: int) -> int:
-        """Return the number of bins per sequence."""
-        # Few negatives should share a bin with a positive, but filling the tables
-        # must cost less than it saves.
-        wanted = min(64 * self.positives.numel(), num_negatives // 4, 2**18)
-        return max(1, wanted // self.num_sequences)
+    def lengths(self, exists: Optional[Tensor]) -> Tensor:
+        """Return the number of entries of each kind, (count + 1,)."""
+        found = []
+        for each in self.segments:
+            rows = self.column.new_ones((each.end - each.first, 1))
+            if exists is not None:
+                rows = exists[each.first : each.end].long()
+            groups = (
+                torch.zeros_like(rows[:, 0]) if each.groups is None else each.groups
+            )
+            total = rows.new_zeros((each.num_groups, rows.size(1)))
+            total = total.index_add_(0, groups, rows).expand(-1, self.columns)
+            found.append((total if self.width > 1 else total.sum(1)).reshape(-1))
+        return torch.cat([*found, self.column.new_zeros(1)])

@@ -1,0 +1,66 @@
+"""The margin between positives and negatives, as a matrix is ranked in chunks."""
+
+from typing import Any, List, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+# How many random shifts are drawn at most; more entries share them.
+DRAWS = 2**18
+
+
+class Shift:
+    """How far negatives are raised and positives lowered before ranking.
+
+    By half the margin or, with noise, by that times the ``|N(0, 1)|`` of each entry. Up
+    to ``DRAWS`` entries have a draw of their own; in a larger matrix each chunk takes
+    its draws from a random place of so many.
+
+    Args:
+        margin: α >= 0.
+        noise: Whether shifts are random.
+        generator: Random generator for them.
+    """
+
+    def __init__(
+        self,
+        margin: float = 0.0,
+        noise: bool = False,
+        generator: Optional[torch.Generator] = None,
+    ) -> None:
+        self.half, self.generator = margin / 2, generator
+        self.noise = noise and margin > 0
+        self._places: Optional[List[int]] = None
+
+    def draw(self, scores: Tensor, chunks: Sequence[slice]) -> None:
+        """Draw the shifts of a flat matrix that will be gone through in chunks."""
+        if not self.noise or not chunks:
+            return
+        largest = max(chunk.stop - chunk.start for chunk in chunks)
+        size = min(len(scores), max(DRAWS, 2 * largest))
+        self._draws = self._normal(scores, size)
+        if size < len(scores):
+            places = torch.empty(len(chunks), dtype=torch.int64)
+            places.random_(size - largest + 1, generator=self.generator)
+            self._places = places.tolist()
+
+    def _normal(self, like: Tensor, count: int) -> Tensor:
+        draws = like.new_empty(count).normal_(generator=self.generator)
+        return draws.abs_().mul_(self.half)
+
+    def of_positives(self, index: Tensor) -> Any:
+        """Return the shifts of some entries, or that of all."""
+        if not self.noise or not len(index):
+            return self.half
+        if self._places is not None:  # the draws of chunks are for negatives
+            return self._normal(self._draws, len(index))
+        return self._draws.index_select(0, index)
+
+    def of_chunk(self, number: int, entries: slice) -> Any:
+        """Return the shifts of the entries of a chunk, or that of all."""
+        if not self.noise:
+            return self.half
+        if self._places is None:
+            return self._draws[entries]
+        place = self._places[number]
+        return self._draws[place : place + entries.stop - entries.start]

@@ -1,0 +1,381 @@
+"""Algorithm 1 by counting in tables: for CPUs, where sorting everything is dear.
+
+Only positives are perturbed, so nothing but the positives is sorted. All that a ranking
+needs of a negative is its *gap*, the number of positives at or below it, and its
+*kind*, the group and the column that say to which sequences it belongs. Negatives of
+one gap and kind are alike: a table of their numbers gives every rank of every ranking,
+and a table of the same shape gives every gradient. Negatives below all positives of
+their sequences have no part in either and are dropped by one comparison.
+
+Most gaps need no search: the range of the positives is cut into bins, and a negative in
+a bin without a positive has the gap of its bin. Bins save time and never change a
+result. The matrix is worked through in chunks that fit into a processor's cache.
+``docs/algorithm.md`` derives all this with an example.
+
+Order everywhere: score descending, then negatives before positives, then index.
+"""
+
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .checks import representable
+from .margin import Shift
+from .sequences import Kinds, Ranking, Segment
+
+# Entries of a chunk: few enough for the cache, many enough for the cost of calls.
+CHUNK = 2**17
+
+
+def _reaching(values: Tensor, floor: Any) -> Tensor:
+    """Indices of the values that are not below a floor; NaN always is."""
+    try:  # NumPy does it several times faster than PyTorch, which can do without
+        bound = floor.numpy() if isinstance(floor, Tensor) else floor
+        return torch.from_numpy((values.numpy() >= bound).nonzero()[0])
+    except RuntimeError:
+        return (values >= floor).nonzero().squeeze(1)
+
+
+class _Chunk(NamedTuple):
+    """Rows of one segment that are worked through at once."""
+
+    segment: Segment
+    rows: slice
+    entries: slice  # of the flat matrix
+    positives: slice  # which of the positives are among them
+
+
+class _Negatives(NamedTuple):
+    """The negatives of a chunk that are not below all positives of theirs."""
+
+    scores: Tensor  # (m,) margin applied
+    kinds: Tensor  # (m,) int32
+
+
+class _Positives:
+    """Positives in the order of their scores, with gaps between them.
+
+    Attributes:
+        order: (P,) their numbers, the lowest first.
+        below: (P,) how many are lower than each.
+        gaps: P + 1.
+    """
+
+    def __init__(self, scores: Tensor) -> None:
+        descending, order = scores.sort(descending=True, stable=True)
+        self.order, self.ascending = order.flip(0), descending.flip(0)
+        self.gaps = len(order) + 1
+        self.numbers = torch.arange(self.gaps, device=order.device)
+        self.below = torch.empty_like(order)
+        self.below.scatter_(0, self.order, self.numbers[:-1])
+        # Bins of one width, and then some: what lies above all positives has its own.
+        finite = self.ascending.nan_to_num(0.0).clamp_(-1e30, 1e30)
+        if not len(finite):
+            finite = finite.new_zeros(1)
+        self.low, high = (end.item() for end in finite.aminmax())
+        wanted = min(64 * len(finite), 2**16)
+        least = max(abs(self.low), abs(high), 1e-24) * 1e-6  # what float32 can tell
+        width = max((high - self.low) / wanted, least)
+        self.top, self.scale = high + 2 * width, 1 / width
+        filled = torch.bincount(self._bins(finite), minlength=wanted + 4)
+        # No gap has that number: it stands for a bin with a positive.
+        self.gap_of_bin = filled.cumsum(0).masked_fill_(filled > 0, self.gaps).int()
+
+    def _bins(self, scores: Tensor) -> Tensor:
+        """Return the bins of scores, int32, 0 = lowest."""
+        # Every step keeps the order, also where it rounds.
+        return scores.clamp(self.low, self.top).sub_(self.low).mul_(self.scale).int()
+
+    def cells(self, negatives: _Negatives) -> Tensor:
+        """Return ``kind * gaps + gap`` for each negative, int32."""
+        gaps = self.gap_of_bin.index_select(0, self._bins(negatives.scores))
+        near = _reaching(gaps, self.gaps)
+        scores = negatives.scores.index_select(0, near)
+        found = torch.bucketize(scores, self.ascending, right=True, out_int32=True)
+        return gaps.index_copy_(0, near, found).add_(negatives.kinds, alpha=self.gaps)
+
+    def sums(self, values: Tensor, rows: Tensor, size: int) -> Tensor:
+        """Sum the values (P,) of the positives below each gap, by rows."""
+        table = values.new_zeros((size, self.gaps))
+        rows = rows.index_select(0, self.order)
+        table[rows, self.numbers[1:]] = values.index_select(0, self.order)
+        return table.cumsum_(1)
+
+
+class _Placed(NamedTuple):
+    """Positives, and the negatives among them."""
+
+    positives: _Positives
+    cells: List[Tensor]  # those of the negatives of each chunk
+    table: Tensor  # (kinds, gaps) the number of negatives in each cell
+
+
+class _Places(NamedTuple):
+    """Where the positives stand in one ranking of S sequences."""
+
+    number: Tensor  # (S + 1,) how many each sequence has
+    among: Tensor  # (P,) rank among those of the sequence, 1 = highest
+    above: Tensor  # (P,) how many negatives of the sequence are above
+
+    @property
+    def rank(self) -> Tensor:
+        return self.among + self.above
+
+
+class _Move(NamedTuple):
+    """The gradient that moving the positives of one ranking finds."""
+
+    rewards: Tensor  # (P,) for the positives
+    old: Tensor  # (S + 1, gaps) for the negatives of a gap before
+    new: Optional[Tensor] = None  # for those of a gap after, to be subtracted
+    cells: Sequence[Tensor] = ()  # those after
+
+
+class _Solver:
+    """Algorithm 1 on rankings of a score matrix (N, C).
+
+    Tables have a row for each kind, or for each sequence of a ranking and for none, and
+    a column for each gap.
+    """
+
+    def __init__(
+        self,
+        scores: Tensor,
+        positives: Tensor,
+        exists: Optional[Tensor],
+        rankings: Sequence[Ranking],
+        shift: Shift,
+    ) -> None:
+        self.dtype, self.columns = scores.dtype, scores.size(1)
+        self.flat, self.exists = scores.detach().contiguous().view(-1), exists
+        self.rankings, self.shift, self.positives = rankings, shift, positives
+        self.kinds = Kinds(scores.size(0), self.columns, rankings, scores.device)
+        self.sizes = [of.num_sequences(self.columns) + 1 for of in rankings]
+        self.chunks = self._cut()
+        shift.draw(self.flat, [each.entries for each in self.chunks])
+        own = self.flat.index_select(0, positives)
+        self.scores = own - shift.of_positives(positives)
+        kind = self.kinds.of_entries(positives)
+        # For each ranking the sequence of each positive, (P,).
+        self.own = [of.index_select(0, kind) for of in self.kinds.sequences]
+        self.floors, self.floor_of_segment = self._floors()
+        self.moves = any(of.lambd < float('inf') for of in rankings)
+        self.index: List[Any] = [None] * len(self.chunks)
+        self.negatives: List[Any] = [None] * len(self.chunks)
+        self.before = self._place(self.scores, self._relevant)
+        self.places = [self._places(self.before, of) for of in range(len(rankings))]
+
+    def _cut(self) -> List[_Chunk]:
+        """Cut the segments into chunks of whole rows."""
+        step, found = max(1, CHUNK // max(self.columns, 1)), []
+        for segment in self.kinds.segments:
+            cuts = [*range(segment.first, segment.end, step), segment.end]
+            edges = [cut * self.columns for cut in cuts]
+            places = torch.searchsorted(self.positives, torch.tensor(edges)).tolist()
+            for spans in zip(*(map(slice, of, of[1:]) for of in (cuts, edges, places))):
+                found.append(_Chunk(segment, *spans))
+        return found
+
+    def _floors(self) -> Tuple[Tensor, Dict[int, float]]:
+        """Return the lowest positive in any sequence of each kind, (kinds,).
+
+        And, by the segment's first kind, that of all its kinds if they have the same.
+        """
+        floors = self.scores.new_full((self.kinds.count,), float('inf'))
+        for own, of, size in zip(self.own, self.kinds.sequences, self.sizes):
+            lowest = floors.new_full((size,), float('inf'))
+            lowest.scatter_reduce_(0, own, self.scores, 'amin')[-1] = float('inf')
+            floors = torch.minimum(floors, lowest.index_select(0, of[:-1]))
+        shared = {}
+        for segment in self.kinds.segments:
+            size = segment.num_groups * self.kinds.width
+            low, high = floors[segment.first_kind :][:size].aminmax()
+            if low == high:
+                shared[segment.first_kind] = low.item()
+        return floors, shared
+
+    def _relevant(self, number: int) -> _Negatives:
+        """Find the negatives of a chunk that are not below all positives of theirs."""
+        segment, rows, entries, positives = self.chunks[number]
+        scores = self.flat[entries] + self.shift.of_chunk(number, entries)
+        if self.exists is not None:
+            missing = ~self.exists[rows]
+            scores.view(-1, self.columns).masked_fill_(missing, float('nan'))
+        own = self.positives[positives] - entries.start
+        scores.index_fill_(0, own, float('nan'))
+        kinds = self.kinds.of_rows(segment, rows)
+        floor: Any = self.floor_of_segment.get(segment.first_kind)
+        if floor is None:
+            floor = self.floors.index_select(0, kinds)
+        index = _reaching(scores, floor)
+        found = _Negatives(scores.index_select(0, index), kinds.index_select(0, index))
+        self.index[number] = index.int()
+        if self.moves:
+            self.negatives[number] = found
+        return found
+
+    def _place(self, scores: Tensor, find: Callable[[int], _Negatives]) -> _Placed:
+        """Place the positives, given their scores, and the negatives of each chunk."""
+        positives = _Positives(scores)
+        table = torch.zeros(self.kinds.count * positives.gaps, dtype=torch.int32)
+        one, cells = table.new_ones(1), []
+        for number in range(len(self.chunks)):
+            cells.append(positives.cells(find(number)))
+            table.index_add_(0, cells[-1], one.expand_as(cells[-1]))
+        return _Placed(positives, cells, table.view(self.kinds.count, positives.gaps))
+
+    def _places(self, placed: _Placed, number: int) -> _Places:
+        """Find out where the positives stand in a ranking."""
+        positives, own, size = placed.positives, self.own[number], self.sizes[number]
+        lower = positives.sums(torch.ones_like(own), own, size)
+        negatives = torch.zeros((size, positives.gaps), dtype=torch.int32)
+        of = self.kinds.sequences[number][:-1]
+        negatives = negatives.index_add_(0, of, placed.table).cumsum(1)
+        count, total = lower[:, -1], negatives[:, -1]
+        return _Places(
+            count,
+            count.index_select(0, own) - lower[own, positives.below],
+            total.index_select(0, own) - negatives[own, positives.below],
+        )
+
+    def average_precision(self, number: int) -> Tensor:
+        """AP of each sequence of a ranking, (S,); NaN without positives."""
+        places = self.places[number]
+        # In float64: a sum of a million terms in float32 is wrong in the fourth digit.
+        precision = places.among.double() / places.rank
+        total = precision.new_zeros(self.sizes[number])
+        total.index_add_(0, self.own[number], precision)
+        return (total / places.number)[:-1]
+
+    def _move(self, rise: Any) -> _Placed:
+        """Place the positives moved up, and the negatives among them."""
+        return self._place(self.scores + rise, lambda number: self.negatives[number])
+
+    def move_together(self, number: int) -> _Move:
+        """Algorithm 1 on the ranking of a sequence: all positives move at once."""
+        own, size, places = self.own[number], self.sizes[number], self.places[number]
+        of = self.kinds.sequences[number]
+        lengths = own.new_zeros(size).index_add_(0, of, self.kinds.lengths(self.exists))
+        lambd = max(self.rankings[number].lambd, torch.finfo(self.dtype).tiny)
+        # lambd * dL / d(rank / n), as n * rk+ / (P * rk^2).
+        step = (lengths.double() * lambd).masked_fill_(lengths == 0, 1.0)
+        rise = (step / places.number).index_select(0, own) * places.among
+        rise = (rise / places.rank.double().square()).to(self.dtype)
+        rise.clamp_(max=torch.finfo(self.dtype).max)  # -inf + inf has no rank
+        after = self._move(rise)
+        jump = self._places(after, number).rank - places.rank
+        ones = torch.ones_like(own)
+        old, new = (
+            positives.sums(ones, own, size) / step.unsqueeze(1)
+            for positives in (self.before.positives, after.positives)
+        )
+        return _Move(jump / step.index_select(0, own), old, new, after.cells)
+
+    def move_singly(self, number: int) -> _Move:
+        """Algorithm 1 on the rank of each positive among the negatives, on its own."""
+        own, size, places = self.own[number], self.sizes[number], self.places[number]
+        lambd, now, after = self.rankings[number].lambd, places.among, None
+        if lambd < float('inf'):
+            after = self._move(representable(lambd, self.dtype))
+            # Each has moved alone: its rank among the positives is the old one.
+            now = now + self._places(after, number).above
+        among = places.among.double()
+        gain = (among / now - among / places.rank).clamp_(min=0)
+        gain /= places.number.index_select(0, own)
+        # Each negative that a positive has passed bears an equal part of its gain.
+        part = gain / (places.rank - now).clamp_(min=1)
+        old = self.before.positives.sums(part, own, size)
+        if after is None:
+            return _Move(-gain, old)
+        return _Move(-gain, old, after.positives.sums(part, own, size), after.cells)
+
+    def gradient(self, moves: Sequence[_Move], grads: Sequence[Tensor]) -> Tensor:
+        """Return the gradient (N * C,), given that of the losses of each ranking."""
+        rewards = torch.zeros_like(self.scores, dtype=torch.double)
+        # In one table what the gap before decides; in pairs where that after does too.
+        still = rewards.new_zeros((self.kinds.count, self.before.positives.gaps))
+        pairs = []
+        for move, grad, own, of in zip(moves, grads, self.own, self.kinds.sequences):
+            factor = torch.cat([grad.double(), rewards.new_zeros(1)])
+            rewards += move.rewards * factor.index_select(0, own)
+            factor = factor.index_select(0, of[:-1]).unsqueeze(1)
+            old = move.old.index_select(0, of[:-1]).mul_(factor)
+            if move.new is None:
+                still += old
+            else:
+                new = move.new.index_select(0, of[:-1]).mul_(factor)
+                pairs.append((old.view(-1), new.view(-1), move.cells))
+        flat, result = still.view(-1).to(self.dtype), torch.zeros_like(self.flat)
+        for number, chunk in enumerate(self.chunks):
+            cells = self.before.cells[number]
+            values = flat.index_select(0, cells)
+            for old, new, after in pairs:
+                before = old.index_select(0, cells)
+                values += before - new.index_select(0, after[number])
+            result[chunk.entries].scatter_(0, self.index[number].long(), values)
+        return result.index_copy_(0, self.positives, rewards.to(self.dtype))
+
+
+class _APLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, solver: _Solver, together: bool) -> Any:
+        numbers = range(len(solver.rankings))
+        if ctx.needs_input_grad[0]:
+            move = solver.move_together if together else solver.move_singly
+            ctx.solver, ctx.moves = solver, [move(number) for number in numbers]
+        ctx.shape = scores.shape
+        losses = [1 - solver.average_precision(number) for number in numbers]
+        return tuple(loss.nan_to_num_(0.0).to(scores.dtype) for loss in losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tuple[Tensor, None, None]:
+        return ctx.solver.gradient(ctx.moves, grads).view(ctx.shape), None, None
+
+
+def suits(scores: Tensor, positives: Tensor, rankings: Sequence[Ranking]) -> bool:
+    """Return whether the tables are small, and each row has one group at most."""
+    groups = {id(of.groups): of.num_groups for of in rankings if of.groups is not None}
+    width = scores.size(1) if any(of.per_class for of in rankings) else 1
+    cells = (1 + sum(groups.values())) * width * (len(positives) + 1)
+    return len(groups) < 2 and cells <= max(2 * scores.numel(), 2**14)
+
+
+def table_ap_loss(
+    scores: Tensor,
+    positives: Tensor,
+    exists: Optional[Tensor],
+    rankings: Sequence[Ranking],
+    shift: Shift,
+    together: bool,
+) -> List[Tuple[Tensor, Tensor]]:
+    """``1 - AP`` of each sequence of each ranking, with the blackbox gradient.
+
+    ``scores`` (N, C) are float32 or float64, ``positives`` (P,) flat indices,
+    ascending. ``exists`` (N, C) or (N, 1) is False where an entry is in no sequence, or
+    ``None``; positives must exist. With ``together`` all positives of a sequence are
+    perturbed at once. Returns for each ranking the losses (S,), and (S,) True where
+    there is a positive.
+    """
+    solver = _Solver(scores, positives, exists, rankings, shift)
+    losses = _APLoss.apply(scores, solver, together)
+    return [(loss, of.number[:-1] > 0) for loss, of in zip(losses, solver.places)]
+
+
+def table_average_precision(
+    scores: Tensor, positives: Tensor, exists: Optional[Tensor], ranking: Ranking
+) -> Tensor:
+    """Exact AP of each sequence of a ranking, (S,); NaN without positives."""
+    solver = _Solver(scores, positives, exists, [ranking], Shift())
+    return solver.average_precision(0).to(scores.dtype)
