@@ -96,7 +96,7 @@ def apply_margin(
         >>> apply_margin(torch.tensor([1.0, 1.0]), torch.tensor([1, 0]), margin=0.5)
         tensor([0.7500, 1.2500])
     """
-    check_scores('apply_margin', scores.reshape(-1), check_nan=False)
+    check_scores('apply_margin', scores, check_nan=False, scalar=True)
     if isinstance(margin, Tensor) or not 0 <= margin < float('inf'):
         raise ValueError(
             f'apply_margin: margin must be a finite number >= 0, got {margin!r}'

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 
-def check_scores(name: str, scores: Tensor, check_nan: bool, ndim: int = 0) -> None:
+def check_scores(
+    name: str, scores: Tensor, check_nan: bool, ndim: int = 0, scalar: bool = False
+) -> None:
     """Raise unless scores are floating point, (R, n) with ``ndim=2``, without NaN."""
     if not isinstance(scores, Tensor):
         raise TypeError(
@@ -21,7 +23,7 @@ def check_scores(name: str, scores: Tensor, check_nan: bool, ndim: int = 0) -> N
             f'sequence, got shape {tuple(scores.shape)}; '
             'add a row with scores.unsqueeze(0) if it is a single sequence'
         )
-    if scores.dim() == 0:
+    if scores.dim() == 0 and not scalar:
         raise ValueError(f'{name}: scores must have at least one dimension, got 0')
     if check_nan and bool(torch.isnan(scores).any()):  # synchronises with the device
         count = int(torch.isnan(scores).sum())

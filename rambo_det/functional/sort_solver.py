@@ -1,13 +1,10 @@
 """Average precision and its blackbox gradient by sorting, for accelerators.
 
-All sequences of all rankings are sorted at once, by integers that have the sequence in
-their upper bits, then the score, and then whether the entry is a positive. Ranks,
-precisions and gradients are cumulative sums in that order. Everything is an integer up
-to the last step: the sums are exact and the same in every run, nothing needs float64,
-and the host never waits for the device.
-
-Shares of a loss are fixed-point numbers, multiples of ``2**-FRACTION``. Their running
-sums may wrap around; differences of these are right all the same.
+The entries of all rankings are sorted at once, by integers that hold the sequence, the
+score, and whether the entry is a positive. Ranks, precisions and gradients are running
+sums in that order. Shares of a loss are fixed-point integers, so that sums are exact
+and the same in every run, and no number of higher precision is needed. The host never
+waits for the device. ``docs/algorithm.md`` shows all this with an example.
 
 Order everywhere: score descending, then negatives before positives, then index.
 """
@@ -22,69 +19,54 @@ from torch.nn.functional import pad
 from .checks import representable
 from .sequences import Ranking
 
-# A key: the sequence from this bit on, 32 bits for the score, 1 for positives.
-SEQUENCE_BIT = 33
-# The sum of 1 / rank over a sequence is below 2**5.
-FRACTION = 58
-
-
-def _running_sums(values: Tensor) -> Tensor:
-    """Sums of the first 0, 1, 2, … values (M,), as (M + 1,)."""
-    return pad(values.cumsum(0), (1, 0))
-
-
-def _falling(scores: Tensor) -> Tensor:
-    """Integers 0..2**32-1 that fall as scores rise and are equal for equal scores."""
-    negated = 0.0 - scores  # makes +0 of both zeros
-    if scores.dtype == torch.float32:
-        # The bits of a float are in order like integers; those of negative ones,
-        # inverted.
-        bits = negated.view(torch.int32)
-        return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() + 2**31
-    values, order = torch.sort(negated)
-    distinct = (values[1:] != values[:-1]).cumsum(0)
-    return torch.empty_like(order).scatter_(
-        0, order, pad(distinct, (1, 0))[: len(order)]
-    )
+# A key is sequence * SEQUENCE + 2 * score + positive, the score as a signed integer of
+# 32 bits. So the keys of a sequence are within HALF of its multiple.
+SEQUENCE = 1 << 33
+HALF = 1 << 32
+MOST_SEQUENCES = 1 << 29
+# 1 in fixed point. Sums of 1 / rank over a sequence are below 2^5.
+ONE_BITS = 58
 
 
 class _Sorted:
-    """Entries in their order, sequence by sequence; ``M`` entries, ``S`` sequences."""
+    """Entries in the order of their keys: M entries, S sequences.
 
-    def __init__(self, keys: Tensor, num_sequences: int) -> None:
+    The codes of entries are their keys with a score of 0.
+    """
+
+    def __init__(self, keys: Tensor, codes: Tensor, num_sequences: int) -> None:
         keys, self.order = torch.sort(keys, stable=True)
-        self.sequence = keys >> SEQUENCE_BIT  # (M,)
-        self.positive = keys & 1  # (M,)
-        step = 1 << SEQUENCE_BIT
-        bounds = torch.arange(0, (num_sequences + 1) * step, step, device=keys.device)
-        self.edges = torch.searchsorted(keys, bounds)  # (S + 1,) where sequences begin
+        self.codes = codes[self.order]
+        self.positive = self.codes & 1  # (M,)
+        self.sequence = self.codes // SEQUENCE  # (M,)
+        end = num_sequences * SEQUENCE
+        bounds = torch.arange(-HALF, end, SEQUENCE, device=keys.device)
+        edges = torch.searchsorted(keys, bounds)
+        self.starts, self.ends = edges[:-1], edges[1:]  # (S,)
         above = _running_sums(self.positive)
-        before = above[self.edges]
-        self.counts = before.diff()  # (S,) positives
-        # (M,) the number of positives down to the entry, and of all entries
-        self.among = above[1:] - before[self.sequence]
+        before = above[self.starts]
+        self.counts = above[self.ends] - before  # (S,) positives
+        self.among = above[1:] - before[self.sequence]  # (M,) positives down to here
         places = torch.arange(1, len(keys) + 1, device=keys.device)
-        self.rank = places - self.edges[self.sequence]
-        self.share = (self.positive << FRACTION) // self.rank
+        self.rank = places - self.starts[self.sequence]  # (M,)
 
-    def precisions(self) -> Tuple[Tensor, int]:
-        """Sum of ``rk+ / rk`` of each sequence, (S,), and of how many bits is 1."""
-        spare = max(len(self.order).bit_length() - (63 - FRACTION), 0)
-        sums = _running_sums(self.share * self.among >> spare)
-        return sums[self.edges].diff(), FRACTION - spare
+    def total(self, values: Tensor) -> Tensor:
+        """Sums of integers (M,) over each sequence, (S,)."""
+        sums = _running_sums(values)
+        return sums[self.ends] - sums[self.starts]
 
     def below(self, values: Tensor) -> Tensor:
-        """For each entry the sum of the values (M,) below it in its sequence."""
+        """Sums of integers (M,) below each entry in its sequence, (M,)."""
         sums = _running_sums(values)
-        return sums[self.edges][1:][self.sequence] - sums[1:]
+        return sums[self.ends][self.sequence] - sums[1:]
 
     def restore(self, values: Tensor) -> Tensor:
-        """Put values (M,) back into the order of the entries."""
+        """Put values (M,) back in the order before sorting."""
         return torch.empty_like(values).scatter_(0, self.order, values)
 
 
-class _Problem:
-    """The entries of all rankings, one ranking after the other, and their keys."""
+class _Entries:
+    """The entries of all rankings, one ranking after the other, and their order."""
 
     def __init__(
         self,
@@ -94,95 +76,124 @@ class _Problem:
         rankings: Sequence[Ranking],
     ) -> None:
         columns = scores.size(1)
-        self.sizes = [r.num_groups * (columns if r.per_class else 1) for r in rankings]
-        self.rankings, self.total = rankings, sum(self.sizes)
-        if self.total >> (62 - SEQUENCE_BIT):
+        sizes = [r.num_groups * (columns if r.per_class else 1) for r in rankings]
+        none = sum(sizes)  # the sequence of entries that are in none
+        if none >= MOST_SEQUENCES:
             raise ValueError(
-                f'the sort solver cannot rank {self.total} sequences at once; at most '
-                f'{2 ** (62 - SEQUENCE_BIT) - 1}'
+                f'the sort solver ranks fewer than {MOST_SEQUENCES} sequences at once, '
+                f'got {none}'
             )
         missing = None if exists is None else ~exists
-        parts, codes, first = [], [], 0
-        for ranking, size in zip(rankings, self.sizes):
+        parts = []
+        for number, ranking in enumerate(rankings):
+            first = sum(sizes[:number])
             sequence = _sequences(ranking, columns, first, scores.device)
-            part = _rows(positive, ranking)
-            code = torch.add(part, sequence, alpha=1 << SEQUENCE_BIT)
+            part = torch.add(_rows(positive, ranking), sequence, alpha=SEQUENCE)
             if missing is not None:
-                # What is in no sequence has one of its own, the last.
-                code.masked_fill_(_rows(missing, ranking), self.total << SEQUENCE_BIT)
-            parts.append(_rows(scores, ranking).reshape(-1))
-            codes.append(code.reshape(-1))
-            first += size
-        self.lengths = [len(part) for part in parts]
-        self.scores, self.codes = torch.cat(parts), torch.cat(codes)
+                part.masked_fill_(_rows(missing, ranking), none * SEQUENCE)
+            parts.append(part)
+        self.sizes = [*sizes, 1]
+        self.rows = [len(part) for part in parts]
+        self.lambds = [representable(r.lambd, scores.dtype) for r in rankings]
+        self.codes = torch.cat(parts).view(-1)
+        self.scores = torch.cat([_rows(scores, r) for r in rankings]).view(-1)
+        self.order = self.sort(self.scores, self.codes)
+        # (M,) 1 / rk of positives, and (S,) the number of positives or 1
+        self.share = (self.order.positive << ONE_BITS) // self.order.rank
+        self.divisor = self.order.counts.clamp(min=1).to(scores.dtype)
 
-    def sort(self, scores: Tensor, at_top: Optional[Tensor] = None) -> _Sorted:
-        """Sort the entries by scores (M,), those at the top above all others."""
-        keys = torch.add(self.codes, _falling(scores), alpha=2)
+    def sort(
+        self, scores: Tensor, codes: Tensor, at_top: Optional[Tensor] = None
+    ) -> _Sorted:
+        """Sort entries by their scores, those at the top above all others."""
+        keys = torch.add(codes, _falling(scores), alpha=2)
         if at_top is not None:
-            keys = torch.where(at_top, self.codes, keys)
-        return _Sorted(keys, self.total + 1)
+            keys = torch.where(at_top, codes - HALF, keys)
+        return _Sorted(keys, codes, sum(self.sizes))
 
-    def spread(self, lengths: Sequence[int]) -> Union[float, Tensor]:
-        """Repeat λ of each ranking; a number where it is the same for all."""
-        lambds = [representable(r.lambd, self.scores.dtype) for r in self.rankings]
+    def spread(self, lambds: Sequence[float]) -> Union[float, Tensor]:
+        """Give each sequence the λ of its ranking, (S,); a number if there is one."""
         if len(set(lambds)) == 1:
             return lambds[0]
-        pairs = zip(lengths, lambds)
+        pairs = zip(self.sizes, [*lambds, 1.0])
         return torch.cat([self.scores.new_full((n,), lambd) for n, lambd in pairs])
 
-    def move_together(self, before: _Sorted) -> Tuple[Tensor, Tensor]:
+    def losses(self) -> Tensor:
+        """``1 - AP`` of each sequence, (S,); 0 without positives."""
+        order = self.order
+        # Precisions, the sum of which must stay below 2^63.
+        bits = min(ONE_BITS, 63 - len(self.codes).bit_length())
+        precisions = self.share * order.among >> (ONE_BITS - bits)
+        lost = (order.counts << bits) - order.total(precisions)
+        return lost / self.divisor * 2.0**-bits
+
+    def move_together(self) -> Tensor:
         """Algorithm 1 on the ranking of a sequence: all positives move at once.
 
-        Returns, as :meth:`move_singly` does, the gradient of ``1 - AP`` for the entries
-        (M,), in units that differ between sequences, and these (S,).
+        Returns, as :meth:`move_singly` does, the gradient of ``1 - AP`` in the order of
+        the entries before they moved, (M,).
         """
         # lambd * dL / d(rank / n), as n * rk+ / (P * rk^2). In floating point: the
         # product in the denominator can exceed int64.
-        dtype = self.scores.dtype
-        lengths = before.edges.diff()[: self.total].clamp(min=1)
-        step = lengths.to(dtype) * self.spread(self.sizes)
-        step = pad(step, (0, 1), value=1.0)  # of entries that do not exist
-        rank = before.rank.to(dtype)
-        rise = step[before.sequence] * before.among
-        rise /= before.counts.to(dtype)[before.sequence] * rank * rank
+        order, dtype = self.order, self.scores.dtype
+        step = (order.ends - order.starts).to(dtype) * self.spread(self.lambds)
+        step = step[order.sequence]
+        rank = order.rank.to(dtype)
+        rise = step * order.among / (self.divisor[order.sequence] * rank * rank)
         rise.clamp_(max=torch.finfo(dtype).max)  # -inf + inf has no rank
         positive = (self.codes & 1).bool()
-        moved = torch.where(positive, self.scores + before.restore(rise), self.scores)
-        after = self.sort(moved)
-        jump = after.restore(after.rank) - before.restore(before.rank)
-        return jump.to(dtype), 1 / step
+        moved = torch.where(positive, self.scores + order.restore(rise), self.scores)
+        after = self.sort(moved, self.codes)
+        return (after.restore(after.rank)[order.order] - order.rank) / step
 
-    def move_singly(self, before: _Sorted) -> Tuple[Tensor, Tensor]:
+    def move_singly(self) -> Tensor:
         """Algorithm 1 on the rank of each positive among the negatives, on its own."""
-        # At the top, a positive has nothing but positives above it.
-        now, after, part = before.among, None, before.share
-        if any(ranking.lambd < float('inf') for ranking in self.rankings):
-            after = self.sort(*self._moved_singly())
-            # Each has moved alone: its rank among the positives is the old one.
-            negatives = after.restore(after.rank - after.among)
-            now = now + negatives[before.order]
-            part = part * before.among // now.clamp(min=1)
+        order, part = self.order, self.share
+        positive = order.positive > 0
+        # At the top, a positive has only positives above it, the same as before.
+        now, after = order.among, None
+        if min(self.lambds) < float('inf'):
+            after = self._moved_singly(positive)
+            now = now + after.restore(after.rank - after.among)
+            part = part * order.among // now.clamp(min=1)
         # Each negative that a positive has passed bears an equal part of its gain.
-        gradient = before.restore(
-            torch.where(
-                before.positive > 0, part * (now - before.rank), before.below(part)
-            )
-        )
+        blame = order.below(part)
         if after is not None:
-            not_passed = after.below(before.restore(part)[after.order])
-            gradient -= after.restore(not_passed.masked_fill_(after.positive > 0, 0))
-        unit = 2.0**-FRACTION / before.counts.clamp(min=1).to(self.scores.dtype)
-        return gradient.to(self.scores.dtype), unit
+            blame -= after.restore(after.below(part[after.order]))
+        gradient = torch.where(positive, part * (now - order.rank), blame)
+        return gradient / (self.divisor * 2.0**ONE_BITS)[order.sequence]
 
-    def _moved_singly(self) -> Tuple[Tensor, Optional[Tensor]]:
-        """Scores of the entries with all positives moved, and which are at the top."""
-        positive = (self.codes & 1).bool()
-        lambd = self.spread(self.lengths)
-        moved = torch.where(positive, self.scores + lambd, self.scores)
+    def _moved_singly(self, positive: Tensor) -> _Sorted:
+        """Sort once more, with all positives moved."""
+        scores, at_top = self.scores[self.order.order], None
+        lambd = self.spread(self.lambds)
         if isinstance(lambd, Tensor):
-            return moved, positive & lambd.isinf()
-        return moved, None
+            lambd = lambd[self.order.sequence]
+            if max(self.lambds) == float('inf'):
+                at_top = positive & lambd.isinf()
+        moved = torch.where(positive, scores + lambd, scores)
+        return self.sort(moved, self.order.codes, at_top)
+
+
+def _running_sums(values: Tensor) -> Tensor:
+    """Sums of the first 0, 1, 2, … integers (M,), as (M + 1,).
+
+    They may wrap around; their differences are right all the same.
+    """
+    return pad(values.cumsum(0), (1, 0))
+
+
+def _falling(scores: Tensor) -> Tensor:
+    """Integers that fall as scores rise and are equal for equal scores."""
+    negated = 0.0 - scores  # makes +0 of both zeros
+    if scores.dtype == torch.float32:
+        # The bits of floats are in order like integers; those of negative ones,
+        # inverted.
+        bits = negated.view(torch.int32)
+        return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    values, order = torch.sort(negated)
+    place = pad(values[1:] != values[:-1], (1, 0))[: len(order)].cumsum(0)
+    return torch.empty_like(order).scatter_(0, order, place)
 
 
 def _rows(values: Tensor, ranking: Ranking) -> Tensor:
@@ -197,46 +208,48 @@ def _sequences(
     ranking: Ranking, columns: int, first: int, device: torch.device
 ) -> Union[int, Tensor]:
     """The sequences of a ranking's entries, to be broadcast, numbered from first."""
+    groups = None if ranking.groups is None else ranking.groups.unsqueeze(1)
     if not ranking.per_class:
-        return first if ranking.groups is None else ranking.groups.unsqueeze(1) + first
+        return first if groups is None else groups + first
     own = torch.arange(first, first + columns, device=device)
-    if ranking.groups is None:
-        return own
-    return torch.add(own, ranking.groups.unsqueeze(1), alpha=columns)
+    return own if groups is None else torch.add(own, groups, alpha=columns)
 
 
 class _SortAPLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, scores: Tensor, problem: _Problem, together: bool, order: _Sorted
+        ctx: Any,
+        scores: Tensor,
+        positive: Tensor,
+        exists: Optional[Tensor],
+        rankings: Sequence[Ranking],
+        together: bool,
     ) -> Tuple[Tensor, ...]:
-        sizes = [*problem.sizes, 1]
+        entries = _Entries(scores, positive, exists, rankings)
         if ctx.needs_input_grad[0]:
-            move = problem.move_together if together else problem.move_singly
-            gradient, unit = move(order)
-            ctx.save_for_backward(
-                *gradient.split(problem.lengths), *unit.split(sizes)[:-1]
-            )
-        ctx.shape, ctx.rankings = scores.shape, problem.rankings
-        # Without positives it is 0. The one subtraction is that of integers.
-        sums, bits = order.precisions()
-        lost = ((order.counts << bits) - sums).to(scores.dtype)
-        losses = lost / order.counts.clamp(min=1) * 2.0**-bits
-        return losses.split(sizes)[:-1]
+            move = entries.move_together if together else entries.move_singly
+            gradient = entries.order.restore(move())
+            gradient = gradient.view(sum(entries.rows), scores.size(1))
+            ctx.save_for_backward(*gradient.split(entries.rows))
+        ctx.shape, ctx.rankings = scores.shape, rankings
+        losses = entries.losses().split(entries.sizes)[:-1]
+        present = (entries.order.counts > 0).split(entries.sizes)[:-1]
+        ctx.mark_non_differentiable(*present)
+        ctx.set_materialize_grads(False)
+        return (*losses, *present)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Tuple[Optional[Tensor], ...]:
-        half = len(grads)
-        gradients, units = ctx.saved_tensors[:half], ctx.saved_tensors[half:]
-        result = grads[0].new_zeros(ctx.shape)
-        for ranking, grad, gradient, unit in zip(ctx.rankings, grads, gradients, units):
-            weight = (grad * unit).view(-1, ctx.shape[1] if ranking.per_class else 1)
+    def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
+        result = ctx.saved_tensors[0].new_zeros(ctx.shape)
+        for ranking, grad, gradient in zip(ctx.rankings, grads, ctx.saved_tensors):
+            if grad is None:
+                continue
             if ranking.groups is not None:
-                weight = weight[ranking.groups]
-            rows = _rows(result, ranking)
-            rows.addcmul_(gradient.view(rows.shape), weight)
-        return result, None, None, None
+                columns = ctx.shape[1] if ranking.per_class else 1
+                grad = grad.view(-1, columns)[ranking.groups]
+            _rows(result, ranking).addcmul_(gradient, grad)
+        return result, None, None, None, None
 
 
 def sort_ap_loss(
@@ -253,18 +266,15 @@ def sort_ap_loss(
     ``together`` all positives of a sequence are perturbed at once. Returns for each
     ranking the losses (S,), and (S,) True where there is a positive.
     """
-    problem = _Problem(scores.detach(), positive, exists, rankings)
-    order = problem.sort(problem.scores)
-    losses = _SortAPLoss.apply(scores, problem, together, order)
-    present = (order.counts > 0).split([*problem.sizes, 1])
-    return list(zip(losses, present))
+    results = _SortAPLoss.apply(scores, positive, exists, rankings, together)
+    half = len(rankings)
+    return list(zip(results[:half], results[half:]))
 
 
 def sort_average_precision(
     scores: Tensor, positive: Tensor, exists: Optional[Tensor], ranking: Ranking
 ) -> Tensor:
     """Exact AP of each sequence of a ranking, (S,); NaN without positives."""
-    problem = _Problem(scores.detach(), positive, exists, [ranking])
-    order = problem.sort(problem.scores)
-    sums, bits = order.precisions()
-    return (sums.to(scores.dtype) / order.counts * 2.0**-bits)[: problem.total]
+    entries = _Entries(scores.detach(), positive, exists, [ranking])
+    loss = entries.losses().masked_fill(entries.order.counts == 0, float('nan'))
+    return (1 - loss).split(entries.sizes)[0]

@@ -321,11 +321,11 @@ class RaMBOLoss(nn.Module):
         means = [own.sum() / n.clamp(min=1) for own, n in zip(losses, counts)]
         self._report(means, counts, rows.any_positive)
         means = step.over_all(rankings, losses, means)
-        loss = sum(
-            (term.weight * mean for term, mean in zip(self.terms, means)),
-            scores.new_zeros(()),
-        )
-        loss = self.loss_weight * self.factors['loss_weight'] * loss
+        factor = self.loss_weight * self.factors['loss_weight']
+        weights = [factor * term.weight for term in self.terms]
+        loss = weights[0] * means[0]
+        for weight_of_term, mean in zip(weights[1:], means[1:]):
+            loss = torch.add(loss, mean, alpha=weight_of_term)
         share = self.factors['auxiliary']
         # Stock heads do not call their loss without rows, and not every loss bears it.
         if self.auxiliary is not None and share and len(pred):
@@ -397,7 +397,8 @@ class RaMBOLoss(nn.Module):
         if any_positive:
             self._calls_without_positive = None
         for term, mean, count in zip(self.terms, means, counts):
-            value = 1 - mean.detach()
+            with torch.no_grad():
+                value = 1 - mean
             if any_positive is None:
                 last = before.get(term.name, value.new_full((), float('nan')))
                 value = torch.where(count > 0, value, last)

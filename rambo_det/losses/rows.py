@@ -181,6 +181,7 @@ def check_columns(columns: int, owners: Sequence[Owner], has_background: bool) -
     )
 
 
+@torch.no_grad()
 def _look(
     pred: Tensor,
     labels: Tensor,
@@ -194,30 +195,25 @@ def _look(
 
     All answers are read with one device synchronisation, if all is well.
     """
-    pred = pred.detach()
-    softmax = pred.size(1) > num_classes
-    wrong = (labels < 0) | (labels > num_classes)
-    positive = labels < num_classes
-    if ignored is not None:
-        positive = positive & ~ignored
     # The sum is NaN if an entry is; it may be for others' sake (inf - inf), so a
     # closer look follows. Infinite logits can be ranked, but a softmax makes them NaN.
     total = pred.sum(dtype=torch.float32)
-    none = labels.new_zeros(())
-    has_objects = objects is not None and objects.numel()
-    flags = [
-        ~total.isfinite() if softmax else total.isnan(),
-        wrong.any(),
-        none if ignored is None else ignored.any(),
-        positive.any(),
-        objects.max() if has_objects else none,  # type: ignore[union-attr]
-        index.max() if index is not None and len(index) else none,
-        index.min() if index is not None and len(index) else none,
-    ]
-    suspicious, bad, any_ignored, any_positive, largest, last, first = torch.stack(
-        [flag.long() for flag in flags]
-    ).tolist()
-    if has_objects and largest >= num_classes:
+    infinite_too = pred.size(1) > num_classes
+    asked = {'suspicious': (total * 0 if infinite_too else total).isnan()}
+    if len(labels):
+        known = labels
+        if ignored is not None:
+            asked['ignored'] = ignored.any()
+            known = labels.masked_fill(ignored, num_classes)
+        asked['lowest'], asked['highest'] = known.aminmax()
+        if index is not None:
+            asked['first'], asked['last'] = index.aminmax()
+    if objects is not None and objects.numel():
+        asked['largest'] = objects.max()
+    found = dict(zip(asked, torch.stack(list(asked.values())).tolist()))
+    largest, first, last = (found.get(k, 0) for k in ('largest', 'first', 'last'))
+    lowest, highest = found.get('lowest', num_classes), found.get('highest', 0)
+    if largest >= num_classes:
         raise ValueError(
             f'RaMBOLoss: an object of the batch has label {largest}, but the '
             f'classifier has {num_classes} class{"es" * (num_classes > 1)} (labels '
@@ -231,19 +227,19 @@ def _look(
             f'RaMBOLoss: images must hold the image of each row, {expected}, got '
             f'{first} to {last}'
         )
-    if suspicious or bad:
-        _name_what_is_wrong(pred, labels, wrong, ignored, num_classes)
-    return bool(any_ignored), bool(any_positive), last
+    if found['suspicious'] or lowest < 0 or highest > num_classes:
+        _name_what_is_wrong(pred, labels, ignored, num_classes)
+    return bool(found.get('ignored', 0)), lowest < num_classes, last
 
 
 def _name_what_is_wrong(
     pred: Tensor,
     labels: Tensor,
-    wrong: Tensor,
     ignored: Optional[Tensor],
     num_classes: int,
 ) -> None:
     """Raise if there is NaN or a bad label in a row that is not ignored."""
+    wrong = (labels < 0) | (labels > num_classes)
     softmax = pred.size(1) > num_classes
     infinite = softmax and not bool(pred.isnan().any())
     nan = (pred.softmax(dim=1) if softmax else pred).isnan()
