@@ -12,6 +12,7 @@ from .average_precision import (
     average_precision,
     detection_ap_loss,
     detection_average_precision,
+    with_margin,
 )
 from .ranking import blackbox_rank, rank
 from .sequences import Ranking
@@ -25,4 +26,5 @@ __all__ = [
     'detection_ap_loss',
     'detection_average_precision',
     'rank',
+    'with_margin',
 ]

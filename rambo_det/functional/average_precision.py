@@ -290,6 +290,7 @@ def detection_ap_loss(
     generator: Optional[torch.Generator] = None,
     any_ignored: bool = True,
     perturb: str = 'together',
+    past: Sequence[Tuple[Tensor, Tensor]] = (),
     solver: Optional[str] = None,
 ) -> Results:
     """``1 - AP`` over the rows of a classifier, differentiated as a blackbox.
@@ -303,10 +304,14 @@ def detection_ap_loss(
             for rows that do not exist.
         rankings: What is ranked; see :class:`Ranking`.
         margin: α >= 0; positives are lowered and negatives raised by half of it.
-        margin_noise: Whether the shift is multiplied by ``|N(0, 1)|``, drawn anew.
+        margin_noise: Whether the shift is multiplied by ``|N(0, 1)|``, drawn anew; on a
+            CPU, more than 2^18 entries share so many draws, taken at random places.
         generator: Random generator for the noise.
         any_ignored: False promises that no label is negative, which saves a pass.
         perturb: 'together' or 'singly', see :func:`ap_loss`.
+        past: Scores (M, C) and labels (M,) of earlier steps, :func:`with_margin`. Their
+            rows follow those of this one, as far as rankings take them, and have no
+            gradient.
         solver: See :func:`ap_loss`.
 
     Returns:
@@ -325,9 +330,47 @@ def detection_ap_loss(
     exists = (labels >= 0).unsqueeze(1) if any_ignored else None
     positives = _Positives(scores, labels)
     if _by_tables(scores, positives, rankings, solver):
-        shift = Shift(margin, margin_noise, generator)
-        index = positives.index
-        return table_ap_loss(scores, index, exists, rankings, shift, together)
+        shift, start = Shift(margin, margin_noise, generator), scores.numel()
+        index, parts = [positives.index], []
+        for old, of in past:
+            index.append(_Positives(old, of).index + start)
+            start += old.numel()
+            present = of >= 0
+            parts.append((old, None if present.all() else present.unsqueeze(1)))
+        all_positives = torch.cat(index)
+        return table_ap_loss(
+            scores, all_positives, exists, rankings, shift, together, parts
+        )
     positive = positives.mask
     scores = apply_margin(scores, positive, margin, margin_noise, generator)
+    if past:
+        labels = torch.cat([labels, *(of for _, of in past)])
+        scores = torch.cat([scores, *(old for old, _ in past)])
+        positive, exists = _Positives(scores, labels).mask, (labels >= 0).unsqueeze(1)
     return sort_ap_loss(scores, positive, exists, rankings, together)
+
+
+def with_margin(
+    scores: Tensor,
+    labels: Tensor,
+    margin: float,
+    noise: bool = False,
+    generator: Optional[torch.Generator] = None,
+) -> Tensor:
+    """:func:`apply_margin` on the rows of a classifier, as they are ranked and kept.
+
+    Args:
+        scores: (N, C) floating-point tensor.
+        labels: (N,) int64 tensor, as for :func:`detection_ap_loss`.
+        margin: α >= 0.
+        noise: Whether each shift is multiplied by ``|N(0, 1)|``.
+        generator: Random generator for the noise.
+
+    Returns:
+        The shifted scores, (N, C), float32 for half-precision ones.
+    """
+    scores, positives = at_least_float32(scores), _Positives(scores, labels)
+    if scores.device.type == 'cpu':
+        shift = Shift(margin, noise, generator)
+        return scores + shift.matrix(scores.detach(), positives.index)
+    return apply_margin(scores, positives.mask, margin, noise, generator)

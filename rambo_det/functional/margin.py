@@ -5,6 +5,8 @@ from typing import Any, List, Optional, Sequence
 import torch
 from torch import Tensor
 
+# Entries of a chunk: few enough for the cache, many enough for the cost of calls.
+CHUNK = 2**17
 # How many random shifts are drawn at most; more entries share them.
 DRAWS = 2**18
 
@@ -64,3 +66,15 @@ class Shift:
             return self._draws[entries]
         place = self._places[number]
         return self._draws[place : place + entries.stop - entries.start]
+
+    def matrix(self, scores: Tensor, positives: Tensor) -> Tensor:
+        """Return what to add to each entry of a matrix, given its positives, (N, C)."""
+        result = torch.empty_like(scores, memory_format=torch.contiguous_format)
+        flat = result.view(-1)
+        cuts = [*range(0, len(flat), CHUNK), len(flat)]
+        chunks = [slice(*of) for of in zip(cuts, cuts[1:])]
+        self.draw(flat, chunks)
+        for number, chunk in enumerate(chunks):
+            flat[chunk] = self.of_chunk(number, chunk)
+        flat[positives] = -torch.as_tensor(self.of_positives(positives)).to(flat)
+        return result

@@ -31,11 +31,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .checks import representable
-from .margin import Shift
+from .margin import CHUNK, Shift
 from .sequences import Kinds, Ranking, Segment
-
-# Entries of a chunk: few enough for the cache, many enough for the cost of calls.
-CHUNK = 2**17
 
 
 def _reaching(values: Tensor, floor: Any) -> Tensor:
@@ -47,10 +44,20 @@ def _reaching(values: Tensor, floor: Any) -> Tensor:
         return (values >= floor).nonzero().squeeze(1)
 
 
+class _Source(NamedTuple):
+    """A score matrix; the rows of several follow each other."""
+
+    first: int  # the number of its first row
+    scores: Tensor  # flat
+    exists: Optional[Tensor]  # (rows, C) or (rows, 1)
+    shift: Optional[Shift]  # None if the scores have their margin
+
+
 class _Chunk(NamedTuple):
-    """Rows of one segment that are worked through at once."""
+    """Rows of one segment and matrix that are worked through at once."""
 
     segment: Segment
+    source: _Source
     rows: slice
     entries: slice  # of the flat matrix
     positives: slice  # which of the positives are among them
@@ -117,7 +124,7 @@ class _Placed(NamedTuple):
     """Positives, and the negatives among them."""
 
     positives: _Positives
-    cells: List[Tensor]  # those of the negatives of each chunk
+    cells: List[Tensor]  # those of the negatives of each own chunk
     table: Tensor  # (kinds, gaps) the number of negatives in each cell
 
 
@@ -156,74 +163,127 @@ class _Solver:
         exists: Optional[Tensor],
         rankings: Sequence[Ranking],
         shift: Shift,
+        past: Sequence[Tuple[Tensor, Optional[Tensor]]] = (),
     ) -> None:
         self.dtype, self.columns = scores.dtype, scores.size(1)
-        self.flat, self.exists = scores.detach().contiguous().view(-1), exists
-        self.rankings, self.shift, self.positives = rankings, shift, positives
-        self.kinds = Kinds(scores.size(0), self.columns, rankings, scores.device)
+        self.flat = scores.detach().contiguous().view(-1)
+        self.rankings, self.positives, rows = rankings, positives, 0
+        self.sources: List[_Source] = []
+        for part, present in [(scores, exists), *past]:
+            flat = part.detach().contiguous().view(-1)
+            of = None if self.sources else shift
+            self.sources.append(_Source(rows, flat, present, of))
+            rows += part.size(0)
+        self.exists = self._exists()
+        self.kinds = Kinds(rows, self.columns, rankings, scores.device)
         self.sizes = [of.num_sequences(self.columns) + 1 for of in rankings]
-        self.chunks = self._cut()
-        shift.draw(self.flat, [each.entries for each in self.chunks])
-        own = self.flat.index_select(0, positives)
-        self.scores = own - shift.of_positives(positives)
-        kind = self.kinds.of_entries(positives)
+        self.chunks = self._cut(rows)
+        own_chunks = [of for of in self.chunks if of.source is self.sources[0]]
+        self.own_chunks = len(own_chunks)
+        shift.draw(self.flat, [of.entries for of in own_chunks])
+        self.scores = self._scores()
+        self.kind = kind = self.kinds.of_entries(positives)
         # For each ranking the sequence of each positive, (P,).
         self.own = [of.index_select(0, kind) for of in self.kinds.sequences]
-        self.floors, self.floor_of_segment = self._floors()
+        self.floors = self._lowest()
+        self.known: Dict[int, Any] = {}
         self.moves = any(of.lambd < float('inf') for of in rankings)
-        self.index: List[Any] = [None] * len(self.chunks)
-        self.negatives: List[Any] = [None] * len(self.chunks)
+        self.index: List[Tensor] = []  # of the negatives of the own chunks
+        self.negatives: List[_Negatives] = []
+        self.counted = self._past()
         self.before = self._place(self.scores, self._relevant)
         self.places = [self._places(self.before, of) for of in range(len(rankings))]
 
-    def _cut(self) -> List[_Chunk]:
-        """Cut the segments into chunks of whole rows."""
-        step, found = max(1, CHUNK // max(self.columns, 1)), []
+    def _cut(self, rows: int) -> List[_Chunk]:
+        """Cut the rows into chunks, each of one segment and one matrix."""
+        step, columns = max(1, CHUNK // max(self.columns, 1)), self.columns
+        ends = [*(of.first for of in self.sources[1:]), rows]
+        found = []
         for segment in self.kinds.segments:
-            cuts = [*range(segment.first, segment.end, step), segment.end]
-            edges = [cut * self.columns for cut in cuts]
-            places = torch.searchsorted(self.positives, torch.tensor(edges)).tolist()
-            for spans in zip(*(map(slice, of, of[1:]) for of in (cuts, edges, places))):
-                found.append(_Chunk(segment, *spans))
-        return found
+            for source, end in zip(self.sources, ends):
+                first, end = max(segment.first, source.first), min(segment.end, end)
+                cuts = [*range(first, end, step), end]
+                edges = torch.tensor(cuts) * columns
+                places = torch.searchsorted(self.positives, edges).tolist()
+                entries = (edges - source.first * columns).tolist()
+                spans = [map(slice, of, of[1:]) for of in (cuts, entries, places)]
+                found += [_Chunk(segment, source, *of) for of in zip(*spans)]
+        return sorted(found, key=lambda of: of.rows.start)
 
-    def _floors(self) -> Tuple[Tensor, Dict[int, float]]:
-        """Return the lowest positive in any sequence of each kind, (kinds,).
+    def _exists(self) -> Optional[Tensor]:
+        """Return which entries exist in all matrices; ``None`` for all."""
+        if all(of.exists is None for of in self.sources):
+            return None
+        rows = (len(of.scores) // max(self.columns, 1) for of in self.sources)
+        every = [torch.ones((count, 1), dtype=torch.bool) for count in rows]
+        return torch.cat(
+            [
+                o if of.exists is None else of.exists
+                for o, of in zip(every, self.sources)
+            ]
+        )
 
-        And, by the segment's first kind, that of all its kinds if they have the same.
-        """
+    def _scores(self) -> Tensor:
+        """Return the scores of the positives, margin applied, (P,)."""
+        rows = [of.first for of in self.sources]
+        cuts = torch.searchsorted(self.positives, torch.tensor(rows) * self.columns)
+        found = []
+        for source, index in zip(self.sources, self.positives.tensor_split(cuts[1:])):
+            index = index - source.first * self.columns
+            found.append(source.scores.index_select(0, index))
+            if source.shift is not None:
+                found[-1] -= source.shift.of_positives(index)
+        return torch.cat(found)
+
+    def _lowest(self) -> Tensor:
+        """Return the lowest positive in any sequence of each kind, (kinds,)."""
         floors = self.scores.new_full((self.kinds.count,), float('inf'))
         for own, of, size in zip(self.own, self.kinds.sequences, self.sizes):
             lowest = floors.new_full((size,), float('inf'))
             lowest.scatter_reduce_(0, own, self.scores, 'amin')[-1] = float('inf')
             floors = torch.minimum(floors, lowest.index_select(0, of[:-1]))
-        shared = {}
-        for segment in self.kinds.segments:
+        return floors
+
+    def _floor(self, segment: Segment, kinds: Tensor) -> Any:
+        """Return the floor of entries of given kinds; one number if it is the same."""
+        known = self.known.get(segment.first_kind, kinds[:0])
+        if isinstance(known, Tensor) and len(known) < len(kinds):
             size = segment.num_groups * self.kinds.width
-            low, high = floors[segment.first_kind :][:size].aminmax()
-            if low == high:
-                shared[segment.first_kind] = low.item()
-        return floors, shared
+            low, high = self.floors[segment.first_kind :][:size].aminmax()
+            known = low.item() if low == high else self.floors.index_select(0, kinds)
+            if segment.groups is None or low == high:  # else rows differ
+                self.known[segment.first_kind] = known
+        return known[: len(kinds)] if isinstance(known, Tensor) else known
 
     def _relevant(self, number: int) -> _Negatives:
         """Find the negatives of a chunk that are not below all positives of theirs."""
-        segment, rows, entries, positives = self.chunks[number]
-        scores = self.flat[entries] + self.shift.of_chunk(number, entries)
-        if self.exists is not None:
-            missing = ~self.exists[rows]
-            scores.view(-1, self.columns).masked_fill_(missing, float('nan'))
-        own = self.positives[positives] - entries.start
-        scores.index_fill_(0, own, float('nan'))
+        segment, source, rows, entries, positives = self.chunks[number]
+        scores = source.scores[entries]
+        if source.shift is not None:
+            scores = scores + source.shift.of_chunk(number, entries)
+            own = self.positives[positives] - rows.start * self.columns
+            scores.index_fill_(0, own, float('nan'))
+        if source.exists is not None:
+            first, end = (row - source.first for row in (rows.start, rows.stop))
+            missing = ~source.exists[first:end].expand(-1, self.columns)
+            scores = scores.masked_fill(missing.reshape(-1), float('nan'))
         kinds = self.kinds.of_rows(segment, rows)
-        floor: Any = self.floor_of_segment.get(segment.first_kind)
-        if floor is None:
-            floor = self.floors.index_select(0, kinds)
-        index = _reaching(scores, floor)
+        index = _reaching(scores, self._floor(segment, kinds))
         found = _Negatives(scores.index_select(0, index), kinds.index_select(0, index))
-        self.index[number] = index.int()
+        if number < self.own_chunks:
+            self.index.append(index.int())
         if self.moves:
-            self.negatives[number] = found
+            self.negatives.append(found)
         return found
+
+    def _past(self) -> _Negatives:
+        """Return the past positives, to be taken from the negatives.
+
+        They are among them since past scores are only read, and not copied to be cut.
+        """
+        past = (self.positives >= len(self.flat)) & (self.kind < self.kinds.count)
+        index = (past & ~self.scores.isnan()).nonzero().squeeze(1)
+        return _Negatives(self.scores[index], self.kind[index].int())
 
     def _place(self, scores: Tensor, find: Callable[[int], _Negatives]) -> _Placed:
         """Place the positives, given their scores, and the negatives of each chunk."""
@@ -231,8 +291,12 @@ class _Solver:
         table = torch.zeros(self.kinds.count * positives.gaps, dtype=torch.int32)
         one, cells = table.new_ones(1), []
         for number in range(len(self.chunks)):
-            cells.append(positives.cells(find(number)))
-            table.index_add_(0, cells[-1], one.expand_as(cells[-1]))
+            own = positives.cells(find(number))
+            table.index_add_(0, own, one.expand_as(own))
+            if number < self.own_chunks:
+                cells.append(own)
+        own = positives.cells(self.counted)
+        table.index_add_(0, own, one.neg().expand_as(own))
         return _Placed(positives, cells, table.view(self.kinds.count, positives.gaps))
 
     def _places(self, placed: _Placed, number: int) -> _Places:
@@ -317,14 +381,16 @@ class _Solver:
                 new = move.new.index_select(0, of[:-1]).mul_(factor)
                 pairs.append((old.view(-1), new.view(-1), move.cells))
         flat, result = still.view(-1).to(self.dtype), torch.zeros_like(self.flat)
-        for number, chunk in enumerate(self.chunks):
+        for number, chunk in enumerate(self.chunks[: self.own_chunks]):
             cells = self.before.cells[number]
             values = flat.index_select(0, cells)
             for old, new, after in pairs:
                 before = old.index_select(0, cells)
                 values += before - new.index_select(0, after[number])
             result[chunk.entries].scatter_(0, self.index[number].long(), values)
-        return result.index_copy_(0, self.positives, rewards.to(self.dtype))
+        own = self.positives < len(self.flat)
+        index, rewards = self.positives[own], rewards[own]
+        return result.index_copy_(0, index, rewards.to(self.dtype))
 
 
 class _APLoss(torch.autograd.Function):
@@ -359,16 +425,19 @@ def table_ap_loss(
     rankings: Sequence[Ranking],
     shift: Shift,
     together: bool,
+    past: Sequence[Tuple[Tensor, Optional[Tensor]]] = (),
 ) -> List[Tuple[Tensor, Tensor]]:
     """``1 - AP`` of each sequence of each ranking, with the blackbox gradient.
 
     ``scores`` (N, C) are float32 or float64, ``positives`` (P,) flat indices,
     ascending. ``exists`` (N, C) or (N, 1) is False where an entry is in no sequence, or
     ``None``; positives must exist. With ``together`` all positives of a sequence are
-    perturbed at once. Returns for each ranking the losses (S,), and (S,) True where
+    perturbed at once. ``past`` has further matrices (M, C), without gradient and with
+    their margin, and which of their entries exist; their rows and positives follow
+    those of ``scores``. Returns for each ranking the losses (S,), and (S,) True where
     there is a positive.
     """
-    solver = _Solver(scores, positives, exists, rankings, shift)
+    solver = _Solver(scores, positives, exists, rankings, shift, past)
     losses = _APLoss.apply(scores, solver, together)
     return [(loss, of.number[:-1] > 0) for loss, of in zip(losses, solver.places)]
 

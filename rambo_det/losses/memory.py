@@ -2,15 +2,14 @@
 
 import warnings
 from collections import deque
-from typing import Any, Deque, Dict, List, Optional, Tuple
+from typing import Any, Deque, Dict, List, Tuple
 
-import torch
 from mmengine.dist import get_dist_info
 from torch import Tensor
 
 
 class ScoreMemory:
-    """Scores and labels of the last steps, without gradient.
+    """Scores, with their margin, and labels of the last steps, without gradient.
 
     A deep copy holds the same, but has nothing to save before it is filled itself:
     mmengine's averaged model (EMA) is a copy that never trains, whose state must have
@@ -53,14 +52,13 @@ class ScoreMemory:
         self._steps.append((scores, labels))
         self._idle_copy, self._shared = False, shared
 
-    def recall(self, like: Tensor) -> Optional[Tuple[Tensor, Tensor]]:
-        """Return the remembered scores and labels, on the device of the present scores.
+    def recall(self, like: Tensor) -> List[Tuple[Tensor, Tensor]]:
+        """Return the scores and labels of each step, on the device of present scores.
 
-        Without any it returns ``None``. A memory with another number of classes is
-        emptied, with a warning.
+        A memory with another number of classes is emptied, with a warning.
         """
         if not self._steps:
-            return None
+            return []
         classes = self._steps[0][0].size(1)
         if classes != like.size(1):
             warnings.warn(
@@ -70,9 +68,8 @@ class ScoreMemory:
                 stacklevel=4,
             )
             self._steps.clear()
-            return None
-        scores = torch.cat([scores.to(like) for scores, _ in self._steps])
-        return scores, torch.cat([labels.to(like.device) for labels in self.labels])
+            return []
+        return [(old.to(like), labels.to(like.device)) for old, labels in self._steps]
 
     def state(self) -> Dict[str, Any]:
         """Return tensors and plain values, the oldest step first."""

@@ -1,14 +1,14 @@
 """RaMBO: average precision as the classification loss of a detector."""
 
 import warnings
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional
 
 import torch
 from mmdet.registry import MODELS
 from mmengine.dist import get_world_size
 from torch import Tensor, nn
 
-from ..functional import Ranking, detection_ap_loss
+from ..functional import Ranking, detection_ap_loss, with_margin
 from ..functional.checks import at_least_float32, check_perturb
 from .arguments import (
     DEFAULTS,
@@ -59,9 +59,11 @@ class RaMBOLoss(nn.Module):
         margin (float): α: positives are lowered and negatives raised by half of it
             before ranking, in units of the scores. Defaults to 1.
         margin_noise (bool): Whether each shift is multiplied by its own ``|N(0, 1)|``,
-            drawn anew every step. Defaults to True.
+            drawn anew every step. Defaults to True. On a CPU, matrices of more than
+            2^18 entries share so many draws, taken at random places.
         memory (int): τ, the number of past steps whose scores also count where a span
-            is 'memory', without gradient. By default none is. Defaults to 7.
+            is 'memory', without gradient and with the margin they were ranked with. By
+            default no span is. Defaults to 7.
         scores (str): What is ranked: 'logits' (the default), 'sigmoid', 'softmax' or
             'log_softmax'. The last two need a background column in the classifier.
         class_ap (dict, optional): ``dict(weight, span, lambd)`` of the class-wise term,
@@ -304,7 +306,12 @@ class RaMBOLoss(nn.Module):
                 self._exchange, scores, labels, rankings, rows.any_ignored, noise
             )
         rankings = [step.place(ranking) for ranking in rankings]
-        scores, labels, any_ignored = self._with_memory(step)
+        scores, labels, past = step.scores, step.labels, []
+        if self.training and self._fills_memory:
+            scores = with_margin(scores, labels, margin, noise, step.generator)
+            past = self._memory.recall(scores)
+            self._memory.append(scores.detach(), labels, step.processes > 1)
+            margin = 0.0
         results = detection_ap_loss(
             scores,
             labels,
@@ -312,8 +319,9 @@ class RaMBOLoss(nn.Module):
             margin=margin,
             margin_noise=noise,
             generator=step.generator,
-            any_ignored=any_ignored,
+            any_ignored=step.any_ignored,
             perturb=self.perturb,
+            past=past,
         )
         # Sequences without a positive have loss 0 and do not count.
         losses = [own for own, _ in results]
@@ -374,17 +382,6 @@ class RaMBOLoss(nn.Module):
         return Ranking(
             lambd, term.per_class, num_rows=None if term.span == 'memory' else count
         )
-
-    def _with_memory(self, step: Step) -> Tuple[Tensor, Tensor, bool]:
-        """Add the rows of the memory to those of the step, which it then keeps."""
-        scores, labels, any_ignored = step[:3]
-        if not (self.training and self._fills_memory):
-            return scores, labels, any_ignored
-        past = self._memory.recall(scores)
-        self._memory.append(scores.detach(), labels.detach(), step.processes > 1)
-        if past is None:
-            return scores, labels, any_ignored
-        return torch.cat([scores, past[0]]), torch.cat([labels, past[1]]), True
 
     def _report(
         self, means: List[Tensor], counts: List[Tensor], any_positive: Optional[bool]
