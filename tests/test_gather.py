@@ -11,7 +11,12 @@ pytest.importorskip('mmdet', reason='RaMBOLoss is registered in mmdet')
 from processes import run
 
 from rambo_det import RaMBOLoss
-from rambo_det.functional import Ranking, apply_margin, detection_ap_loss
+from rambo_det.functional import (
+    Ranking,
+    apply_margin,
+    detection_ap_loss,
+    with_margin,
+)
 from rambo_det.losses import gather
 
 CLASSES = 3
@@ -153,7 +158,9 @@ def test_memory_is_that_of_all_processes_in_each(found):
                 features, target, weight, _ = union(step, world)
                 kept = weight > 0
                 with torch.no_grad():
-                    torch.testing.assert_close(scores, classifier()(features[kept]))
+                    now = classifier()(features[kept])
+                shifted = with_margin(now, target[kept], settings['margin'])
+                torch.testing.assert_close(scores, shifted)
                 assert torch.equal(labels, target[kept])
         assert all(str(memory) == str(memories[0]) for memory in memories)
 
@@ -187,7 +194,7 @@ def noisy_steps(rank, world):
 
 
 def test_all_processes_see_the_same_random_shifts(tmp_path):
-    """The seed is the first process', for the rows of all and for the memory."""
+    """The seed is the first process'; remembered rows keep the shifts that they had."""
     world = 2
     results = run(noisy_steps, world, tmp_path, world)
     model = classifier()
@@ -200,16 +207,16 @@ def test_all_processes_see_the_same_random_shifts(tmp_path):
         model.zero_grad()
         now = model(features)
         rankings = [Ranking(2.0, True), Ranking(2.0, False, num_rows=len(labels))]
-        past.append((now.detach(), labels))
-        scores = torch.cat([now, *(scores for scores, _ in past[:-1])])
-        labels = torch.cat([labels, *(labels for _, labels in past[:-1])])
-        shifted = apply_margin(
-            scores,
+        own = apply_margin(
+            now,
             labels.unsqueeze(1) == torch.arange(CLASSES),
             0.5,
             noise=True,
             generator=torch.Generator().manual_seed(seed),
         )
+        shifted = torch.cat([own, *(scores for scores, _ in past)])
+        past.append((own.detach(), labels))
+        labels = torch.cat([labels, *(labels for _, labels in past[:-1])])
         parts = detection_ap_loss(shifted, labels, rankings, perturb='singly')
         loss = sum(0.7 * part.sum() / present.sum() for part, present in parts)
         loss.backward()
@@ -273,7 +280,8 @@ def test_half_precision_is_ranked_and_kept_in_full(tmp_path):
     for loss, state in results:
         torch.testing.assert_close(loss, expected)
         (scores,) = state['_extra_state']['scores']
-        assert torch.equal(scores, features[:, :CLASSES].bfloat16().float())
+        now = features[:, :CLASSES].bfloat16().float()
+        assert torch.equal(scores, with_margin(now, labels, 0.3))
 
 
 def labels_beyond_float(rank):

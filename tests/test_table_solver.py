@@ -1,0 +1,192 @@
+"""What the table solver does to be fast changes no result."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rambo_det.functional import (
+    Ranking,
+    apply_margin,
+    detection_ap_loss,
+    margin,
+    table_solver,
+    with_margin,
+)
+
+INFINITY = math.inf
+MOVES = [('singly', INFINITY), ('singly', 0.7), ('together', 2.0)]
+
+
+def draw(rows, columns, positives, seed=0, ties=False, ignored=0.0):
+    """Scores (N, C) and labels (N,)."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(rows, columns, generator=generator)
+    if ties:
+        scores = (2 * scores).round() / 2
+        scores[torch.rand(rows, columns, generator=generator) < 0.05] = INFINITY
+        scores[torch.rand(rows, columns, generator=generator) < 0.05] = -INFINITY
+    labels = torch.full((rows,), columns)
+    chosen = torch.randperm(rows, generator=generator)[:positives]
+    labels[chosen] = torch.randint(columns, (len(chosen),), generator=generator)
+    labels[torch.rand(rows, generator=generator) < ignored] = -1
+    return scores, labels
+
+
+def solve(scores, labels, rankings, **kwargs):
+    """Losses and the gradient of their weighted sum."""
+    scores = scores.clone().requires_grad_()
+    results = detection_ap_loss(scores, labels, rankings, **kwargs)
+    losses = torch.cat([own for own, _ in results])
+    (losses * torch.linspace(-1, 2, len(losses)).to(losses)).sum().backward()
+    return losses.detach(), scores.grad
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    chunk=st.integers(1, 40),
+    rows=st.integers(1, 30),
+    columns=st.integers(1, 4),
+    seed=st.integers(0, 999),
+    ties=st.booleans(),
+    ignored=st.sampled_from([0.0, 0.3]),
+    move=st.sampled_from(MOVES),
+    spans=st.sampled_from(['batch', 'images', 'part', 'class-wise', 'pooled']),
+)
+def test_chunks_and_the_other_solver_change_nothing(
+    chunk, rows, columns, seed, ties, ignored, move, spans
+):
+    perturb, lambd = move
+    scores, labels = draw(rows, columns, rows // 2, seed, ties, ignored)
+    images = torch.arange(rows) % 3
+    class_wise, pooled = Ranking(lambd, True), Ranking(lambd, False)
+    rankings = {
+        'batch': [class_wise, pooled],
+        'images': [Ranking(lambd, True, images, 3), pooled],
+        'part': [
+            class_wise,
+            Ranking(lambd, False, images[rows // 2 :], 3, rows - rows // 2, rows // 2),
+        ],
+        'class-wise': [class_wise],
+        'pooled': [Ranking(lambd, False, images, 3)],
+    }[spans]
+    expected = solve(scores, labels, rankings, perturb=perturb, solver='sort')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table_solver, 'CHUNK', chunk)
+        found = solve(scores, labels, rankings, perturb=perturb, solver='table')
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('columns', [1, 20, 1203])
+@pytest.mark.parametrize('positives', [1, 300])
+@pytest.mark.parametrize(('perturb', 'lambd'), MOVES)
+def test_several_chunks(columns, positives, perturb, lambd):
+    rows = 3 * margin.CHUNK // columns
+    scores, labels = draw(rows, columns, positives)
+    rankings = [Ranking(lambd, True), Ranking(lambd, False)]
+    kwargs = dict(perturb=perturb, margin=0.3)
+    found = solve(scores, labels, rankings, solver='table', **kwargs)
+    expected = solve(scores, labels, rankings, solver='sort', **kwargs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_without_numpy(monkeypatch):
+    scores, labels = draw(500, 4, 40, ties=True, ignored=0.1)
+    rankings = [Ranking(INFINITY, True), Ranking(0.5, False)]
+    expected = solve(scores, labels, rankings, perturb='singly')
+
+    def refuse(self):
+        raise RuntimeError('Numpy is not available')
+
+    monkeypatch.setattr(torch.Tensor, 'numpy', refuse)
+    found = solve(scores, labels, rankings, perturb='singly')
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('solver', ['table', 'sort'])
+@pytest.mark.parametrize(('perturb', 'lambd'), MOVES)
+@pytest.mark.parametrize('rows', [0, 12])
+def test_past_rows_are_rows_without_gradient(solver, perturb, lambd, rows):
+    """Those of rankings of all rows; they have their own margin already."""
+    steps = [
+        draw(count, 3, 4, seed, ties=seed == 1, ignored=0.2 * (seed > 1))
+        for seed, count in enumerate((rows, 9, 0, 14))
+    ]
+    (scores, labels), past = steps[0], steps[1:]
+    rankings = [Ranking(lambd, True), Ranking(lambd, False, num_rows=rows)]
+    kwargs = dict(perturb=perturb, solver=solver)
+    shifted = with_margin(scores, labels, 0.4)
+    everything = [torch.cat(parts) for parts in zip((shifted, labels), *past)]
+    losses, grad = solve(*everything, rankings, **kwargs)
+    kwargs.update(past=past, any_ignored=False)
+    found = solve(scores, labels, rankings, margin=0.4, **kwargs)
+    torch.testing.assert_close(found, (losses, grad[:rows]), rtol=1e-5, atol=1e-6)
+
+
+# The random shifts
+
+
+def test_few_entries_have_their_own_draws():
+    scores, labels = draw(100, 5, 20)
+    positive = labels.unsqueeze(1) == torch.arange(5)
+    seeds = [torch.Generator().manual_seed(3) for _ in range(3)]
+    shifted = apply_margin(scores, positive, 0.6, True, seeds[0])
+    assert torch.equal(with_margin(scores, labels, 0.6, True, seeds[1]), shifted)
+    rankings = [Ranking(INFINITY, True), Ranking(INFINITY, False)]
+    expected = solve(shifted, labels, rankings, perturb='singly')
+    noise = dict(margin=0.6, margin_noise=True, generator=seeds[2])
+    found = solve(scores, labels, rankings, perturb='singly', **noise)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_many_entries_share_their_draws():
+    """The shifts are |N(0, 1)| wherever one looks, and no chunk has another's."""
+    columns, rows = 8, 5 * margin.DRAWS // 8
+    labels = torch.full((rows,), columns)
+    labels[::50] = 3
+    zeros = torch.zeros(rows, columns)
+    shifts = with_margin(zeros, labels, 2.0, True, torch.Generator().manual_seed(0))
+    assert torch.equal(shifts < 0, labels.unsqueeze(1) == torch.arange(columns))
+    sizes = shifts.abs()
+    for part in (*sizes.view(-1).split(margin.CHUNK), sizes[::50, 3]):
+        assert part.mean().item() == pytest.approx(math.sqrt(2 / math.pi), rel=0.1)
+        assert part.square().mean().item() == pytest.approx(1, rel=0.15)
+    starts = {tuple(part[:5].tolist()) for part in sizes.view(-1).split(margin.CHUNK)}
+    assert len(starts) == 5 * margin.DRAWS // margin.CHUNK
+    assert len(sizes.unique()) < 2 * margin.DRAWS
+    again = with_margin(zeros, labels, 2.0, True, torch.Generator().manual_seed(0))
+    assert torch.equal(again, shifts)
+
+
+# Which solver
+
+
+@pytest.mark.parametrize(
+    ('rankings', 'by_tables'),
+    [
+        (lambda rows: [Ranking(1.0, True), Ranking(1.0, False)], True),
+        (lambda rows: [Ranking(1.0, True, rows % 2, 2), Ranking(1.0, False)], True),
+        (lambda rows: [Ranking(1.0, False, rows, len(rows))], False),  # large tables
+        (
+            lambda rows: [
+                Ranking(1.0, True, rows % 2, 2),
+                Ranking(1.0, False, rows % 3, 3),
+            ],
+            False,
+        ),
+    ],
+)
+def test_tables_are_used_where_they_suit(rankings, by_tables):
+    scores, labels = draw(500, 4, 100)
+    rankings = rankings(torch.arange(500))
+    positives = torch.arange(100)
+    assert table_solver.suits(scores, positives, rankings) == by_tables
+    found = solve(scores, labels, rankings)
+    torch.testing.assert_close(found, solve(scores, labels, rankings, solver='sort'))
+
+
+def test_an_unknown_solver_is_refused():
+    with pytest.raises(ValueError, match="'table' or 'sort', got 'search'"):
+        solve(*draw(3, 2, 1), [Ranking(1.0, True)], solver='search')
