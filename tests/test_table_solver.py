@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from rambo_det.functional import (
     Ranking,
     apply_margin,
+    chunks,
     detection_ap_loss,
     margin,
     table_solver,
@@ -74,7 +75,7 @@ def test_chunks_and_the_other_solver_change_nothing(
     }[spans]
     expected = solve(scores, labels, rankings, perturb=perturb, solver='sort')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(table_solver, 'CHUNK', chunk)
+        patch.setattr(chunks, 'CHUNK', chunk)
         found = solve(scores, labels, rankings, perturb=perturb, solver='table')
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 

@@ -42,7 +42,7 @@ class Shift:
         size = min(len(scores), max(DRAWS, 2 * largest))
         self._draws = self._normal(scores, size)
         if size < len(scores):
-            places = torch.empty(len(chunks), dtype=torch.int64)
+            places = scores.new_empty(len(chunks), dtype=torch.int64)
             places.random_(size - largest + 1, generator=self.generator)
             self._places = places.tolist()
 

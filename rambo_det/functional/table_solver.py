@@ -15,62 +15,19 @@ result. The matrix is worked through in chunks that fit into a processor's cache
 Order everywhere: score descending, then negatives before positives, then index.
 """
 
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    List,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Tuple,
-)
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .checks import representable
-from .margin import CHUNK, Shift
-from .sequences import Kinds, Ranking, Segment
+from .chunks import Chunks, Negatives, reaching
+from .margin import Shift
+from .sequences import Ranking
 
 
-def _reaching(values: Tensor, floor: Any) -> Tensor:
-    """Indices of the values that are not below a floor; NaN always is."""
-    try:  # NumPy does it several times faster than PyTorch, which can do without
-        bound = floor.numpy() if isinstance(floor, Tensor) else floor
-        return torch.from_numpy((values.numpy() >= bound).nonzero()[0])
-    except RuntimeError:
-        return (values >= floor).nonzero().squeeze(1)
-
-
-class _Source(NamedTuple):
-    """A score matrix; the rows of several follow each other."""
-
-    first: int  # the number of its first row
-    scores: Tensor  # flat
-    exists: Optional[Tensor]  # (rows, C) or (rows, 1)
-    shift: Optional[Shift]  # None if the scores have their margin
-
-
-class _Chunk(NamedTuple):
-    """Rows of one segment and matrix that are worked through at once."""
-
-    segment: Segment
-    source: _Source
-    rows: slice
-    entries: slice  # of the flat matrix
-    positives: slice  # which of the positives are among them
-
-
-class _Negatives(NamedTuple):
-    """The negatives of a chunk that are not below all positives of theirs."""
-
-    scores: Tensor  # (m,) margin applied
-    kinds: Tensor  # (m,) int32
-
-
-class _Positives:
+class _Ordered:
     """Positives in the order of their scores, with gaps between them.
 
     Attributes:
@@ -104,10 +61,10 @@ class _Positives:
         # Every step keeps the order, also where it rounds.
         return scores.clamp(self.low, self.top).sub_(self.low).mul_(self.scale).int()
 
-    def cells(self, negatives: _Negatives) -> Tensor:
+    def cells(self, negatives: Negatives) -> Tensor:
         """Return ``kind * gaps + gap`` for each negative, int32."""
         gaps = self.gap_of_bin.index_select(0, self._bins(negatives.scores))
-        near = _reaching(gaps, self.gaps)
+        near = reaching(gaps, self.gaps)
         scores = negatives.scores.index_select(0, near)
         found = torch.bucketize(scores, self.ascending, right=True, out_int32=True)
         return gaps.index_copy_(0, near, found).add_(negatives.kinds, alpha=self.gaps)
@@ -123,7 +80,7 @@ class _Positives:
 class _Placed(NamedTuple):
     """Positives, and the negatives among them."""
 
-    positives: _Positives
+    positives: _Ordered
     cells: List[Tensor]  # those of the negatives of each own chunk
     table: Tensor  # (kinds, gaps) the number of negatives in each cell
 
@@ -165,75 +122,20 @@ class _Solver:
         shift: Shift,
         past: Sequence[Tuple[Tensor, Optional[Tensor]]] = (),
     ) -> None:
-        self.dtype, self.columns = scores.dtype, scores.size(1)
-        self.flat = scores.detach().contiguous().view(-1)
-        self.rankings, self.positives, rows = rankings, positives, 0
-        self.sources: List[_Source] = []
-        for part, present in [(scores, exists), *past]:
-            flat = part.detach().contiguous().view(-1)
-            of = None if self.sources else shift
-            self.sources.append(_Source(rows, flat, present, of))
-            rows += part.size(0)
-        self.exists = self._exists()
-        self.kinds = Kinds(rows, self.columns, rankings, scores.device)
-        self.sizes = [of.num_sequences(self.columns) + 1 for of in rankings]
-        self.chunks = self._cut(rows)
-        own_chunks = [of for of in self.chunks if of.source is self.sources[0]]
-        self.own_chunks = len(own_chunks)
-        shift.draw(self.flat, [of.entries for of in own_chunks])
-        self.scores = self._scores()
-        self.kind = kind = self.kinds.of_entries(positives)
+        self.dtype, self.count = scores.dtype, scores.numel()
+        self.rankings, self.positives = rankings, positives
+        self.sizes = [of.num_sequences(scores.size(1)) + 1 for of in rankings]
+        self.chunks = Chunks(scores, exists, past, positives, rankings, shift)
+        self.scores, self.kinds = self.chunks.scores_of_positives, self.chunks.kinds
         # For each ranking the sequence of each positive, (P,).
+        kind = self.chunks.kind_of_positives
         self.own = [of.index_select(0, kind) for of in self.kinds.sequences]
         self.floors = self._lowest()
-        self.known: Dict[int, Any] = {}
+        self.index: List[Tensor] = []  # of the negatives of each own chunk, int32
+        self.negatives: List[Negatives] = []  # of all chunks, if positives will move
         self.moves = any(of.lambd < float('inf') for of in rankings)
-        self.index: List[Tensor] = []  # of the negatives of the own chunks
-        self.negatives: List[_Negatives] = []
-        self.counted = self._past()
-        self.before = self._place(self.scores, self._relevant)
+        self.before = self._place(self.scores, self._find)
         self.places = [self._places(self.before, of) for of in range(len(rankings))]
-
-    def _cut(self, rows: int) -> List[_Chunk]:
-        """Cut the rows into chunks, each of one segment and one matrix."""
-        step, columns = max(1, CHUNK // max(self.columns, 1)), self.columns
-        ends = [*(of.first for of in self.sources[1:]), rows]
-        found = []
-        for segment in self.kinds.segments:
-            for source, end in zip(self.sources, ends):
-                first, end = max(segment.first, source.first), min(segment.end, end)
-                cuts = [*range(first, end, step), end]
-                edges = torch.tensor(cuts) * columns
-                places = torch.searchsorted(self.positives, edges).tolist()
-                entries = (edges - source.first * columns).tolist()
-                spans = [map(slice, of, of[1:]) for of in (cuts, entries, places)]
-                found += [_Chunk(segment, source, *of) for of in zip(*spans)]
-        return sorted(found, key=lambda of: of.rows.start)
-
-    def _exists(self) -> Optional[Tensor]:
-        """Return which entries exist in all matrices; ``None`` for all."""
-        if all(of.exists is None for of in self.sources):
-            return None
-        rows = (len(of.scores) // max(self.columns, 1) for of in self.sources)
-        every = [torch.ones((count, 1), dtype=torch.bool) for count in rows]
-        return torch.cat(
-            [
-                o if of.exists is None else of.exists
-                for o, of in zip(every, self.sources)
-            ]
-        )
-
-    def _scores(self) -> Tensor:
-        """Return the scores of the positives, margin applied, (P,)."""
-        rows = [of.first for of in self.sources]
-        cuts = torch.searchsorted(self.positives, torch.tensor(rows) * self.columns)
-        found = []
-        for source, index in zip(self.sources, self.positives.tensor_split(cuts[1:])):
-            index = index - source.first * self.columns
-            found.append(source.scores.index_select(0, index))
-            if source.shift is not None:
-                found[-1] -= source.shift.of_positives(index)
-        return torch.cat(found)
 
     def _lowest(self) -> Tensor:
         """Return the lowest positive in any sequence of each kind, (kinds,)."""
@@ -244,58 +146,27 @@ class _Solver:
             floors = torch.minimum(floors, lowest.index_select(0, of[:-1]))
         return floors
 
-    def _floor(self, segment: Segment, kinds: Tensor) -> Any:
-        """Return the floor of entries of given kinds; one number if it is the same."""
-        known = self.known.get(segment.first_kind, kinds[:0])
-        if isinstance(known, Tensor) and len(known) < len(kinds):
-            size = segment.num_groups * self.kinds.width
-            low, high = self.floors[segment.first_kind :][:size].aminmax()
-            known = low.item() if low == high else self.floors.index_select(0, kinds)
-            if segment.groups is None or low == high:  # else rows differ
-                self.known[segment.first_kind] = known
-        return known[: len(kinds)] if isinstance(known, Tensor) else known
-
-    def _relevant(self, number: int) -> _Negatives:
+    def _find(self, number: int) -> Negatives:
         """Find the negatives of a chunk that are not below all positives of theirs."""
-        segment, source, rows, entries, positives = self.chunks[number]
-        scores = source.scores[entries]
-        if source.shift is not None:
-            scores = scores + source.shift.of_chunk(number, entries)
-            own = self.positives[positives] - rows.start * self.columns
-            scores.index_fill_(0, own, float('nan'))
-        if source.exists is not None:
-            first, end = (row - source.first for row in (rows.start, rows.stop))
-            missing = ~source.exists[first:end].expand(-1, self.columns)
-            scores = scores.masked_fill(missing.reshape(-1), float('nan'))
-        kinds = self.kinds.of_rows(segment, rows)
-        index = _reaching(scores, self._floor(segment, kinds))
-        found = _Negatives(scores.index_select(0, index), kinds.index_select(0, index))
-        if number < self.own_chunks:
+        index, found = self.chunks.negatives(number, self.floors)
+        if number < self.chunks.own:
             self.index.append(index.int())
         if self.moves:
             self.negatives.append(found)
         return found
 
-    def _past(self) -> _Negatives:
-        """Return the past positives, to be taken from the negatives.
-
-        They are among them since past scores are only read, and not copied to be cut.
-        """
-        past = (self.positives >= len(self.flat)) & (self.kind < self.kinds.count)
-        index = (past & ~self.scores.isnan()).nonzero().squeeze(1)
-        return _Negatives(self.scores[index], self.kind[index].int())
-
-    def _place(self, scores: Tensor, find: Callable[[int], _Negatives]) -> _Placed:
+    def _place(self, scores: Tensor, find: Callable[[int], Negatives]) -> _Placed:
         """Place the positives, given their scores, and the negatives of each chunk."""
-        positives = _Positives(scores)
-        table = torch.zeros(self.kinds.count * positives.gaps, dtype=torch.int32)
+        positives = _Ordered(scores)
+        size = self.kinds.count * positives.gaps
+        table = scores.new_zeros(size, dtype=torch.int32)
         one, cells = table.new_ones(1), []
         for number in range(len(self.chunks)):
             own = positives.cells(find(number))
             table.index_add_(0, own, one.expand_as(own))
-            if number < self.own_chunks:
+            if number < self.chunks.own:
                 cells.append(own)
-        own = positives.cells(self.counted)
+        own = positives.cells(self.chunks.past_positives())
         table.index_add_(0, own, one.neg().expand_as(own))
         return _Placed(positives, cells, table.view(self.kinds.count, positives.gaps))
 
@@ -303,7 +174,7 @@ class _Solver:
         """Find out where the positives stand in a ranking."""
         positives, own, size = placed.positives, self.own[number], self.sizes[number]
         lower = positives.sums(torch.ones_like(own), own, size)
-        negatives = torch.zeros((size, positives.gaps), dtype=torch.int32)
+        negatives = placed.table.new_zeros((size, positives.gaps))
         of = self.kinds.sequences[number][:-1]
         negatives = negatives.index_add_(0, of, placed.table).cumsum(1)
         count, total = lower[:, -1], negatives[:, -1]
@@ -330,7 +201,9 @@ class _Solver:
         """Algorithm 1 on the ranking of a sequence: all positives move at once."""
         own, size, places = self.own[number], self.sizes[number], self.places[number]
         of = self.kinds.sequences[number]
-        lengths = own.new_zeros(size).index_add_(0, of, self.kinds.lengths(self.exists))
+        lengths = own.new_zeros(size).index_add_(
+            0, of, self.kinds.lengths(self.chunks.exists)
+        )
         lambd = max(self.rankings[number].lambd, torch.finfo(self.dtype).tiny)
         # lambd * dL / d(rank / n), as n * rk+ / (P * rk^2).
         step = (lengths.double() * lambd).masked_fill_(lengths == 0, 1.0)
@@ -380,17 +253,18 @@ class _Solver:
             else:
                 new = move.new.index_select(0, of[:-1]).mul_(factor)
                 pairs.append((old.view(-1), new.view(-1), move.cells))
-        flat, result = still.view(-1).to(self.dtype), torch.zeros_like(self.flat)
-        for number, chunk in enumerate(self.chunks[: self.own_chunks]):
+        flat = still.view(-1).to(self.dtype)
+        result = self.scores.new_zeros(self.count)
+        for number, index in enumerate(self.index):
             cells = self.before.cells[number]
             values = flat.index_select(0, cells)
             for old, new, after in pairs:
                 before = old.index_select(0, cells)
                 values += before - new.index_select(0, after[number])
-            result[chunk.entries].scatter_(0, self.index[number].long(), values)
-        own = self.positives < len(self.flat)
-        index, rewards = self.positives[own], rewards[own]
-        return result.index_copy_(0, index, rewards.to(self.dtype))
+            part = result[self.chunks.entries(number)]
+            part.scatter_(0, index.long(), values)
+        own = self.positives < self.count
+        return result.index_copy_(0, self.positives[own], rewards[own].to(self.dtype))
 
 
 class _APLoss(torch.autograd.Function):
@@ -400,6 +274,7 @@ class _APLoss(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             move = solver.move_together if together else solver.move_singly
             ctx.solver, ctx.moves = solver, [move(number) for number in numbers]
+            solver.negatives.clear()
         ctx.shape = scores.shape
         losses = [1 - solver.average_precision(number) for number in numbers]
         return tuple(loss.nan_to_num_(0.0).to(scores.dtype) for loss in losses)
@@ -411,11 +286,14 @@ class _APLoss(torch.autograd.Function):
 
 
 def suits(scores: Tensor, positives: Tensor, rankings: Sequence[Ranking]) -> bool:
-    """Return whether the tables are small, and each row has one group at most."""
-    groups = {id(of.groups): of.num_groups for of in rankings if of.groups is not None}
+    """Return whether the tables are small, and all groups are the same."""
+    groups = [(of.groups, of[3:]) for of in rankings if of.groups is not None]
+    for (one, rest), (other, others) in zip(groups, groups[1:]):
+        if rest != others or not (one is other or torch.equal(one, other)):
+            return False
     width = scores.size(1) if any(of.per_class for of in rankings) else 1
-    cells = (1 + sum(groups.values())) * width * (len(positives) + 1)
-    return len(groups) < 2 and cells <= max(2 * scores.numel(), 2**14)
+    kinds = (1 + max([size for _, (size, *_) in groups], default=0)) * width
+    return kinds * (len(positives) + 1) <= max(2 * scores.numel(), 2**14)
 
 
 def table_ap_loss(
