@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -157,7 +158,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(13, 6.2), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(13, 6.2))
     for axis, (key, points) in zip(axes, report['sweeps'].items()):
         ends = []
         for number, name in enumerate(points[0]['rivals']):
@@ -205,28 +206,34 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 
 def label_ends(axis: Any, ends: list[tuple[float, float, str, str]], x: float) -> None:
-    """Name each line at the right, from the lowest up, with room between the names."""
+    """Name each line at the right, or where it ends early, so that no names meet."""
     low, high = np.log10(axis.get_ylim())
-    gap, places = (high - low) / 24, [low - 1.0]
-    for end in ends:
-        places.append(max(end[0], places[-1] + gap))
-    for place, (end, end_x, name, color) in zip(places[1:], ends):
+    gap, at_right = (high - low) / 25, [end for end in ends if end[1] == x]
+    places = {end[2]: end[0] for end in ends}
+    below = -np.inf
+    for end in at_right:
+        below = places[end[2]] = max(end[0], below + gap)
+    above = high + gap
+    for end in reversed(at_right):
+        above = places[end[2]] = min(places[end[2]], above - gap)
+    for end, end_x, name, color in ends:
         axis.annotate(
-            name,
+            name.split(',')[0],
             (end_x, 10**end),
-            (1.4 * x, 10**place),
+            (1.7 * end_x, 10 ** places[name]),
             color=color,
             va='center',
             fontsize=9,
             weight='bold' if name == OURS else None,
-            arrowprops=dict(arrowstyle='-', color=color, alpha=0.4, linewidth=0.8),
+            bbox=dict(color='white', alpha=0.8, pad=0.5),
+            arrowprops=dict(arrowstyle='-', color=color, alpha=0.5, relpos=(0, 0.5)),
             annotation_clip=False,
         )
 
 
 def environment_line(env: dict[str, Any]) -> str:
     """Say where and when, and whether anything else was running."""
-    where = f'{env["threads"]} threads, {env["cpu"]}, {env["cores"]} cores'
+    where = f'{env["cpu"]}, cores: {env["cores"]}, threads: {env["threads"]}'
     versions = [f'{n} {env[n]}' for n in ('torch', 'mmdet', 'mmcv') if n in env]
     idle = 'idle' if env['idle'] else '**not idle**'
     return (
@@ -242,7 +249,8 @@ def text(report: dict[str, Any]) -> str:
     env, cases = report['environment'], report['cases']
     sizes = '; '.join(f'{name}: {case_size(case)}' for name, case in cases.items())
     quick = ['**Small sizes, no meaning (`--quick`).**'] * report['quick']
-    sections = [*quick, environment_line(env), f'Rows × classes: {sizes}.']
+    lines = [*quick, environment_line(env), f'Rows × classes: {sizes}.']
+    sections = [fill(line, 88, break_on_hyphens=False) for line in lines]
     return '\n\n'.join([*sections, summary_table(cases), targets_table(report)])
 
 
