@@ -1,23 +1,25 @@
 """Time RaMBOLoss and its rivals: forward + backward on the same logits.
 
     python tools/benchmark_loss.py --out docs/results/benchmark
-    python tools/benchmark_loss.py --cases roi --threads 1 --no-sweeps --paper
+    python tools/benchmark_loss.py --cases roi --threads 1 --no-sweeps
     python tools/benchmark_loss.py --device cuda
 
 Prints Markdown tables, writes ``OUT.json`` and, with the sweeps, ``OUT.png``;
-tools/benchmark_report.py prints and draws them again. All
-rivals take turns within each repeat, so that whatever else the machine does hits them
-alike. In each turn the first call finds caches and memory as another rival left them,
-the second as itself did; both are reported, ratios are of the second. The yardstick is
-one ``torch.sort`` of the flattened logits, forward only. How
-much memory a call takes is the peak of what PyTorch's allocator has handed out during
-it, from the profiler's allocation events (on a GPU, ``max_memory_allocated``), less the
-gradient that it leaves. Nothing here fails on a missed target; it is printed.
+tools/benchmark_report.py prints and draws them again. A call of our loss is what a head
+does in a training step: forward, the AP for the log, backward. All rivals take turns
+within each repeat, so that whatever else the machine does hits them alike. The
+yardstick is one ``torch.sort`` of the flattened logits, forward only. How much memory a
+call takes is the peak of what PyTorch's allocator has handed out during it, from the
+profiler's allocation events (on a GPU, ``max_memory_allocated``), less the gradient
+that it leaves. Nothing here fails on a missed target; it is printed. The machine counts
+as idle if its load was low before the run, and other processes used little of it while
+each problem was measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import json
 import os
@@ -27,6 +29,7 @@ import time
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Callable
@@ -34,7 +37,16 @@ from typing import Any, Callable
 import benchmark_report
 import numpy as np
 import torch
-from benchmark_report import FOCAL, LITERAL, OURS, QUARTILES, SORT
+from benchmark_report import (
+    AP,
+    FOCAL,
+    IDLE,
+    OURS,
+    QUARTILES,
+    REMEMBERING,
+    RS,
+    SORT,
+)
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.nn.functional import cross_entropy
@@ -50,12 +62,7 @@ if not HAS_MMDET:
     registry = ModuleType('mmdet.registry')
     registry.MODELS = SimpleNamespace(register_module=lambda: lambda cls: cls)
     sys.modules.update({'mmdet': ModuleType('mmdet'), registry.__name__: registry})
-from rambo_det.baselines import (  # noqa: E402
-    ap_loss,
-    literal_loss,
-    positive_index,
-    rank_sort_loss,
-)
+from rambo_det import baselines  # noqa: E402
 from rambo_det.losses.rambo_loss import RaMBOLoss  # noqa: E402
 
 CASES = {  # rows, classes, positives
@@ -63,26 +70,18 @@ CASES = {  # rows, classes, positives
     'dense': (224_000, 20, 100),
     'dense1k': (224_000, 20, 1_000),
     'coco': (100_000, 80, 300),
+    'lvis': (44_000, 1_203, 300),
 }
-ONE_THREAD = 'roi, 1 thread'
+WITH_MEMORY = ('roi', 'dense')  # where our loss is also timed with past steps
 SHARE = 0.1
 WARM_BELOW = 0.5  # seconds; a longer call is its own warm-up
+ROWS = (500, 1_500, 5_000, 15_000, 50_000, 150_000, 500_000)
 SWEEPS = {  # the same
-    'n': [
-        (500, 20, 100),
-        (1_500, 20, 100),
-        (5_000, 20, 100),
-        (15_000, 20, 100),
-        (50_000, 20, 100),
-        (150_000, 20, 100),
-        (500_000, 20, 100),
-    ],
+    'n': [(rows, 20, 100) for rows in ROWS],
     'p': [(224_000, 20, count) for count in (1, 10, 100, 1_000, 10_000)],
 }
-QUICK_SWEEPS = {
-    'n': [(100, 20, 20), (500, 20, 20)],
-    'p': [(1_000, 20, 1), (1_000, 20, 10)],
-}
+QUICK_SWEEPS = {'n': [(100, 20, 20), (500, 20, 20)]}
+QUICK_SWEEPS['p'] = [(1_000, 20, 1), (1_000, 20, 10)]
 SYNCS = (
     'cudaStreamSynchronize',
     'cudaDeviceSynchronize',
@@ -131,11 +130,11 @@ class Problem:
 
     @cached_property
     def positives(self) -> Tensor:
-        return positive_index(self.logits, self.labels)
+        return baselines.positive_index(self.logits, self.labels)
 
     @cached_property
     def quality(self) -> Tensor:
-        """IoUs of the positives, for RS Loss."""
+        """IoUs of the positives, for the losses that rank by them."""
         generator = torch.Generator().manual_seed(1)
         quality = torch.rand(len(self.positives), generator=generator) / 2 + 0.5
         return quality.to(self.logits.device)
@@ -180,53 +179,39 @@ class Rival:
         return time.perf_counter() - start
 
 
-def ours(paper: bool) -> dict[str, RaMBOLoss]:
-    """Our loss as users call it, and then other settings of it, by name.
-
-    Checks of values are on. ``paper``: positives moved together and the paper's margin,
-    over the batch, instead of the defaults.
-    """
-    if paper:
-        settings = dict(perturb='together', lambd=30.0, margin=0.15)
-        settings.update(class_ap=dict(weight=2 / 3), pooled_ap=dict(weight=1 / 3))
-        past = dict(settings, class_ap=dict(weight=2 / 3, span='memory'))
-        return {
-            OURS: RaMBOLoss(**settings, margin_noise=False),
-            f'{OURS}, random margins': RaMBOLoss(**settings),
-            f'{OURS}, memory 7': RaMBOLoss(**past, margin_noise=False),
-        }
-    together = dict(perturb='together', lambd=30.0, margin_noise=False)
-    return {
-        OURS: RaMBOLoss(),
-        f'{OURS}, fixed margin': RaMBOLoss(margin_noise=False),
-        f'{OURS}, moved together, fixed margin': RaMBOLoss(**together),
-        f'{OURS}, memory 7': RaMBOLoss(class_ap=dict(span='memory')),
-    }
-
-
-def make_rivals(problem: Problem, variants: bool, paper: bool) -> list[Rival]:
-    """All rivals on one problem; ``variants`` adds other settings of our loss."""
+def make_rivals(problem: Problem, past: bool = False) -> list[Rival]:
+    """All rivals on one problem; ``past`` adds our loss with a memory."""
     logits, labels, n = problem.logits, problem.labels, float(problem.logits.numel())
+    quality, padded, count = problem.quality, problem.padded, len(problem.positives)
 
     def sort() -> None:
         torch.sort(logits.detach().reshape(-1))
 
+    def ours(loss: RaMBOLoss) -> Tensor:
+        value = loss(logits, labels)
+        loss.get_accuracy()
+        return value
+
     def rival(name: str, loss: Callable[..., Tensor], *args: Tensor, work=n) -> Rival:
         return Rival(name, logits, lambda: loss(logits, labels, *args), work)
 
-    rivals = [Rival(SORT, logits, sort, n)]
-    for name, loss in ours(paper).items():
-        if name != OURS and not variants:
-            continue
-        rivals.append(rival(name, loss))
-        if loss.remembered is not None:
-            state: dict[str, list[Tensor]] = dict(scores=[], labels=[])
-            for shift in range(1, 8):  # seven other steps, of the same distribution
-                state['scores'].append(logits.detach().roll(shift, 0))
-                state['labels'].append(labels.roll(shift))
-            # Each call meets the same seven, not what the call before has left.
-            rivals[-1].prepare = partial(loss.set_extra_state, state)
-    padded = problem.padded
+    rivals = [
+        Rival(SORT, logits, sort, n),
+        Rival(OURS, logits, partial(ours, RaMBOLoss()), n),
+    ]
+    if past:
+        full, now = RaMBOLoss(class_ap=dict(span='memory')), {}
+
+        def remember() -> None:
+            """Each call meets the same seven other steps, of the same distribution."""
+            for shift in () if now else range(1, 8):
+                with torch.no_grad():
+                    full(logits.roll(shift, 0), labels.roll(shift))
+            now['loss'] = copy.deepcopy(full)
+
+        rivals.append(
+            Rival(REMEMBERING, logits, lambda: ours(now['loss']), n, remember)
+        )
     rivals.append(
         Rival('cross-entropy', padded, lambda: cross_entropy(padded, labels), n)
     )
@@ -234,10 +219,19 @@ def make_rivals(problem: Problem, variants: bool, paper: bool) -> list[Rival]:
         from mmdet.models.losses import FocalLoss
 
         rivals.append(rival(FOCAL, FocalLoss()))
-    rivals.append(rival(LITERAL, literal_loss))
-    rivals.append(rival('AP Loss', ap_loss, work=problem.pairs))
-    rivals.append(rival('RS Loss', rank_sort_loss, problem.quality, work=problem.pairs))
-    return rivals
+    pairs, matrix = problem.pairs, n + count**2 / 8
+    cells = n + problem.logits.size(1) * 200.0**2
+    return [
+        *rivals,
+        rival('literal form, 12 argsorts', baselines.literal_loss),
+        rival(AP, baselines.ap_loss, work=pairs),
+        rival(RS, baselines.rank_sort_loss, quality, work=pairs),
+        rival('Bucketed AP Loss', baselines.bucketed_ap_loss, work=matrix),
+        rival(
+            'Bucketed RS Loss', baselines.bucketed_rank_sort_loss, quality, work=matrix
+        ),
+        rival('mAPLoss histogram', baselines.map_histogram_loss, quality, work=cells),
+    ]
 
 
 def extra_bytes(rival: Rival) -> int:
@@ -277,48 +271,56 @@ def host_syncs(rival: Rival) -> int:
     return sum(span.start <= wait.start <= span.end for wait in waits)
 
 
-def operators(rival: Rival, calls: int = 20) -> list[tuple[str, float, float]]:
-    """Return name, number and microseconds of the operators of one call, dearest first.
+class OtherWork:
+    """How much other processes have computed since this was made."""
 
-    Under the profiler a call takes longer; the shares are what matters.
-    """
-    rival.ready()
-    with profile(activities=[ProfilerActivity.CPU]) as run:
-        for _ in range(calls):
-            rival.step()
-    rows = [
-        (row.key, row.count / calls, round(row.self_cpu_time_total / calls, 1))
-        for row in run.key_averages()
-    ]
-    return sorted(rows, key=lambda row: -row[2])
+    def __init__(self) -> None:
+        self.start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        stat = Path('/proc/stat')
+        text = stat.read_text(encoding='ascii') if stat.exists() else 'cpu' + 7 * ' nan'
+        fields = text.split()[1:8]
+        # User, nice, system and interrupts; not idle, waiting for a disk, or stolen.
+        ticks = sum(float(fields[i]) for i in (0, 1, 2, 5, 6))
+        others = ticks / os.sysconf('SC_CLK_TCK') - time.process_time()
+        return time.perf_counter(), others
+
+    def cores(self) -> float:
+        """Return how many cores they have kept busy."""
+        (start, before), (end, after) = self.start, self._now()
+        return round(max(after - before, 0) / (end - start), 2)
 
 
 class Benchmark:
     """Measures problems one after the other and remembers how fast the rivals are."""
 
-    def __init__(
-        self, repeats: int, limit: float, device: str, paper: bool = False
-    ) -> None:
+    def __init__(self, repeats: int, limit: float, device: str) -> None:
         self.repeats, self.limit, self.device = repeats, limit, device
-        self.paper = paper
         self.rates: dict[str, float] = {}
         self.measure((2_000, 20, 50))  # what a rival needs per work, and a warm-up
 
     def measure(
-        self, size: tuple[int, int, int], share: float = 0, memory: bool = False
+        self,
+        size: tuple[int, int, int],
+        share: float = 0,
+        memory: bool = False,
+        past: bool = False,
     ) -> dict[str, Any]:
         """Time all rivals on a problem of ``size`` rows, classes and positives.
 
-        With ``memory`` also measure memory (and synchronisations on a GPU), and
-        include the variants of our loss.
+        With ``memory`` also measure memory (and synchronisations on a GPU).
         """
         problem = Problem.draw(*size, share=share, device=self.device)
-        rivals = make_rivals(problem, memory, self.paper)
+        rivals = make_rivals(problem, past)
         found: dict[str, dict[str, Any]] = {rival.name: {} for rival in rivals}
         runs: dict[str, int] = {}
+        work = OtherWork()
         for rival in rivals:
-            if self.rates.get(rival.name, 0) * rival.work > self.limit:
-                found[rival.name]['note'] = f'skipped: > {self.limit:g} s'
+            slow = self.rates.get(rival.name, 0) * rival.work > self.limit
+            if slow and rival.name not in (OURS, REMEMBERING, FOCAL):
+                found[rival.name]['note'] = f'> {self.limit:g} s'
                 continue
             try:
                 seconds = rival.seconds()
@@ -330,35 +332,43 @@ class Benchmark:
                     raise
                 found[rival.name]['note'] = f'failed: {str(error).splitlines()[0]}'
                 continue
-            self.rates[rival.name] = seconds / rival.work
-            runs[rival.name] = max(1, min(self.repeats, int(self.limit / seconds)))
-            found[rival.name].update(times=[], first_times=[])
+            turn = seconds * (1 + (seconds < WARM_BELOW))
+            runs[rival.name] = max(3, int(self.limit / turn))
+            found[rival.name]['times'] = []
         for turn in range(self.repeats):
             first = turn % len(rivals)  # who follows whom inside a turn is the same,
             for rival in rivals[first:] + rivals[:first]:  # who begins is not
                 if turn < runs.get(rival.name, 0):
-                    times = [rival.seconds()]
-                    if times[0] < WARM_BELOW:
-                        times.append(rival.seconds())
-                    found[rival.name]['first_times'].append(round(times[0], 7))
-                    found[rival.name]['times'].append(round(times[-1], 7))
+                    seconds = rival.seconds()
+                    if seconds < WARM_BELOW:  # caches were as another rival left them
+                        seconds = rival.seconds()
+                    found[rival.name]['times'].append(round(seconds, 7))
+        others = work.cores()
         for rival in rivals:
             result = found[rival.name]
             if 'note' in result:
                 continue
             quartiles = np.percentile(result['times'], [50, 25, 75]).round(7)
             result.update(zip(QUARTILES, quartiles.tolist()))
-            result['first'] = round(float(np.median(result['first_times'])), 7)
+            self.rates[rival.name] = min(result['times']) / rival.work
             if memory:
                 share_of_logits = extra_bytes(rival) / problem.logits.nbytes
                 result['extra_memory'] = round(share_of_logits, 3)
                 if problem.logits.is_cuda:
                     result['host_syncs'] = host_syncs(rival)
-        rows, classes, positives = size
-        return dict(rows=rows, classes=classes, positives=positives, rivals=found)
+        sizes = dict(zip(('rows', 'classes', 'positives'), size))
+        return dict(sizes, others=others, rivals=found)
 
 
-def environment(device: str) -> dict[str, Any]:
+def load_before(patience: float = 0) -> float:
+    """Return the load of the last minute; wait a little for earlier work to end."""
+    until = time.monotonic() + patience
+    while (load := os.getloadavg()[0]) > IDLE and time.monotonic() < until:
+        time.sleep(5)
+    return round(load, 2)
+
+
+def environment(device: str, patience: float) -> dict[str, Any]:
     """What has to be known of the machine to read the numbers."""
     info = Path('/proc/cpuinfo')
     lines = info.read_text().splitlines() if info.exists() else []
@@ -370,7 +380,7 @@ def environment(device: str) -> dict[str, Any]:
         threads=torch.get_num_threads(),
         cpu=models[0] if models else platform.machine(),
         cores=os.cpu_count(),
-        load=round(os.getloadavg()[0], 2),
+        load=load_before(patience),
         python=platform.python_version(),
         torch=torch.__version__,
     )
@@ -390,49 +400,42 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument('--repeats', type=int, default=9)
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--device', default='cpu', help='cpu or cuda')
-    parser.add_argument('--sweeps', action='store_true', default=True)
     parser.add_argument('--no-sweeps', dest='sweeps', action='store_false')
-    parser.add_argument(
-        '--paper', action='store_true', help="the paper's margin, moved together"
-    )
     parser.add_argument('--quick', action='store_true', help='small sizes, no meaning')
-    parser.add_argument('--limit', type=float, default=60.0, metavar='SECONDS')
-    parser.add_argument('--profile', action='store_true', help="our loss' operators")
+    parser.add_argument(
+        '--limit',
+        type=float,
+        default=3.0,
+        metavar='SECONDS',
+        help='time for a rival on a problem; one whose call is longer is left out',
+    )
     parser.add_argument('--out', type=Path, help='path of the files, without suffix')
     args = parser.parse_args(argv)
 
     torch.set_num_threads(args.threads)
-    env = environment(args.device)
+    env = environment(args.device, patience=0 if args.quick else 90)
+    start = time.monotonic()
     report: dict[str, Any] = dict(environment=env, limit=args.limit, quick=args.quick)
     report.update(share=SHARE, cases={}, sweeps={})
-    print(benchmark_report.environment_section(env))
-    benchmark = Benchmark(args.repeats, args.limit, args.device, args.paper)
+    benchmark = Benchmark(args.repeats, args.limit, args.device)
     for name in args.cases:
-        rows, classes, positives = CASES[name]
+        size = CASES[name]
         if args.quick:
-            rows, positives = rows // 50, max(1, positives // 10)
-        size = (rows, classes, positives)
-        both = name == 'roi' and args.device == 'cpu' and args.threads > 1
-        for label, threads in ((name, args.threads), (ONE_THREAD, 1))[: 1 + both]:
-            torch.set_num_threads(threads)
-            case = benchmark.measure(size, memory=True)
-            torch.set_num_threads(args.threads)
-            report['cases'][label] = dict(threads=threads, **case)
-            text = benchmark_report.case_section(label, report['cases'][label])
-            print(text, flush=True)
-        if args.profile:
-            problem = Problem.draw(*size, device=args.device)
-            rows = operators(make_rivals(problem, False, args.paper)[1])
-            report['cases'][name]['operators'] = rows
-            print(benchmark_report.operators_section(name, rows))
+            size = (size[0] // 50, min(size[1], 80), size[2] // 10)
+        case = benchmark.measure(size, memory=True, past=name in WITH_MEMORY)
+        report['cases'][name] = case
+        print(benchmark_report.case_section(name, case), flush=True)
     if args.sweeps:
         for key, sizes in (QUICK_SWEEPS if args.quick else SWEEPS).items():
             report['sweeps'][key] = [benchmark.measure(size, SHARE) for size in sizes]
             text = benchmark_report.sweep_section(key, report['sweeps'][key], SHARE)
             print(text, flush=True)
-    env['load_at_end'] = round(os.getloadavg()[0], 2)
+    measured = chain(report['cases'].values(), *report['sweeps'].values())
+    env['others'] = max(problem['others'] for problem in measured)
+    env['idle'] = env['load'] <= IDLE and env['others'] <= IDLE
+    env['minutes'] = round((time.monotonic() - start) / 60, 1)
     report['targets'] = benchmark_report.check_targets(report)
-    print(benchmark_report.targets_section(report))
+    print(f'\n{benchmark_report.text(report)}')
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(report, indent=1, ensure_ascii=False)

@@ -7,9 +7,25 @@ dict(imports=['rambo_det.baselines'], allow_failed_imports=False)``, as those in
 
 from importlib.util import find_spec
 
-from .losses import ap_loss, literal_loss, positive_index, rank_sort_loss
+from .losses import (
+    ap_loss,
+    bucketed_ap_loss,
+    bucketed_rank_sort_loss,
+    literal_loss,
+    map_histogram_loss,
+    positive_index,
+    rank_sort_loss,
+)
 
-__all__ = ['ap_loss', 'literal_loss', 'positive_index', 'rank_sort_loss']
+__all__ = [
+    'ap_loss',
+    'bucketed_ap_loss',
+    'bucketed_rank_sort_loss',
+    'literal_loss',
+    'map_histogram_loss',
+    'positive_index',
+    'rank_sort_loss',
+]
 
 if find_spec('mmdet') is not None:
     from .autocast import AutocastRaMBOShared2FCBBoxHead

@@ -10,11 +10,16 @@ Sources:
 - AP Loss: Chen et al., *Towards Accurate One-Stage Object Detection with AP-Loss*, CVPR
   2019 (arXiv 1904.06373); the authors' code is cccorn/AP-loss;
 - RS Loss: Oksuz et al., *Rank & Sort Loss for Object Detection and Instance
-  Segmentation*, ICCV 2021 (arXiv 2107.11669); kemaloksuz/RankSortLoss.
+  Segmentation*, ICCV 2021 (arXiv 2107.11669); kemaloksuz/RankSortLoss;
+- bucketed AP and RS Loss: Yavuz et al., *Bucketed Ranking-based Losses for Efficient
+  Training of Object Detectors*, ECCV 2024 (arXiv 2407.14204); the authors' code is
+  blisgard/BucketedRankingBasedLosses;
+- mAPLoss: the authors' jiayisong/mAPLoss (2025), ``maploss_head.py``.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -96,7 +101,9 @@ class _GivenGradient(torch.autograd.Function):
 
 
 def _soft_step(difference: Tensor, delta: float) -> Tensor:
-    """H of both papers: 0 below -δ, 1 above δ, linear between; works in place."""
+    """H of the papers: 0 below -δ, 1 above δ, linear between; works in place."""
+    if not delta:
+        return (difference >= 0).to(difference.dtype)
     return difference.div_(2 * delta).add_(0.5).clamp_(0, 1)
 
 
@@ -123,8 +130,9 @@ def ap_loss(logits: Tensor, labels: Tensor, delta: float = 1.0) -> Tensor:
     errors, blame = torch.zeros_like(scores), torch.zeros_like(others)
     least = flat.new_ones(())
     for i in scores.argsort().tolist():
-        # The positive itself counts fully, not with H(0) = 0.5.
-        place = _soft_step(scores - scores[i], delta).sum() + 0.5
+        before = _soft_step(scores - scores[i], delta)
+        before[i] = 1  # the positive itself counts fully, not with H(0) = 0.5
+        place = before.sum()
         above = _soft_step(others - scores[i], delta)
         wrong = above.sum()
         least = torch.minimum(least, wrong / (place + wrong))
@@ -171,3 +179,154 @@ def rank_sort_loss(
     gradient[positives], gradient[negatives] = update, blame
     count = len(positives)
     return _GivenGradient.apply(logits, total / count, gradient.div_(count))
+
+
+def _bucketed(
+    logits: Tensor, labels: Tensor, delta: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ranking errors with the negatives between two positives moved to their mean.
+
+    Returns:
+        Flat indices (P,) of the positives from the highest score down; H of their
+        differences, (P, P), row i for positive i; their ranking errors (P,); and the
+        flat gradient of the sum of these.
+    """
+    flat, positives = logits.detach().reshape(-1), positive_index(logits, labels)
+    entries = (flat >= flat[positives].min() - delta).nonzero().squeeze(1)
+    values, order = flat[entries].sort(descending=True)
+    entries = entries[order]
+    is_positive = torch.zeros_like(flat, dtype=torch.bool)
+    is_positive[positives] = True
+    is_positive = is_positive[entries]
+    found, others = entries[is_positive], entries[~is_positive]
+    # The bucket of a negative is the number of positives before it.
+    bucket = is_positive.cumsum(0)[~is_positive]
+    sizes = torch.bincount(bucket, minlength=len(found) + 1).to(flat)
+    sums = torch.zeros_like(sizes).index_add_(0, bucket, values[~is_positive])
+    means, scores = sums / sizes.clamp(min=1), values[is_positive].unsqueeze(1)
+    above = _soft_step(means - scores, delta).mul_(sizes)
+    before = _soft_step(scores.t() - scores, delta)
+    wrong = above.sum(1)
+    errors = wrong / (before.sum(1) + wrong)
+    blame = (errors / wrong.clamp(min=1e-10)) @ above / sizes.clamp(min=1)
+    gradient = torch.zeros_like(flat)
+    gradient[found], gradient[others] = -errors, blame[bucket]
+    return found, before, errors, gradient
+
+
+def bucketed_ap_loss(logits: Tensor, labels: Tensor, delta: float = 1.0) -> Tensor:
+    """Bucketed AP Loss, as in its authors' code.
+
+    It is AP Loss without the interpolation, and with ``H(0)`` for the positive itself,
+    where the negatives between two positives have their mean score.
+    """
+    if not len(positive_index(logits, labels)):
+        return logits.sum() * 0
+    _, _, errors, gradient = _bucketed(logits, labels, delta)
+    return _GivenGradient.apply(logits, errors.mean(), gradient.div_(len(errors)))
+
+
+def bucketed_rank_sort_loss(
+    logits: Tensor, labels: Tensor, quality: Tensor, delta: float = 0.5
+) -> Tensor:
+    """Bucketed RS Loss: :func:`rank_sort_loss` with such negatives."""
+    positives = positive_index(logits, labels)
+    if not len(positives):
+        return logits.sum() * 0
+    found, before, ranking, gradient = _bucketed(logits, labels, delta)
+    quality = quality[torch.searchsorted(positives, found)]
+    defect = 1 - quality
+    sorted_before = before * (quality >= quality.unsqueeze(1))
+    missorted = before - sorted_before
+    current = before @ defect / before.sum(1)
+    sorting = current - sorted_before @ defect / sorted_before.sum(1)
+    share = sorting / missorted.sum(1).clamp(min=1e-10)
+    gradient[found] += share @ missorted - sorting
+    loss = (ranking + sorting).mean()
+    return _GivenGradient.apply(logits, loss, gradient.div_(len(found)))
+
+
+class _ClampInward(torch.autograd.Function):
+    """Clamp, with a gradient outside too where its step leads back inside."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, low: float, high: float) -> Tensor:
+        ctx.bounds = low, high
+        ctx.save_for_backward(values)
+        return values.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (values,), (low, high), grad = ctx.saved_tensors, ctx.bounds, grads[0]
+        outward = (values < low) & (grad > 0) | (values > high) & (grad < 0)
+        return grad.masked_fill(outward, 0), None, None
+
+
+def _shares(place: Tensor) -> tuple[Tensor, Tensor]:
+    """The two bins beside each place (K,), and how much of it each gets, (K, 2)."""
+    first = place.detach().floor()
+    after = place - first
+    bins = torch.stack([first, first + 1], 1).long()
+    return bins, torch.stack([1 - after, after], 1)
+
+
+def map_histogram_loss(
+    logits: Tensor,
+    labels: Tensor,
+    quality: Tensor,
+    bins: int = 200,
+    limit: float = 5.0,
+    progress: float = 0.5,
+) -> Tensor:
+    """1 - mAP over overlaps by mAPLoss' histograms of scores and overlaps.
+
+    The Gaussians of earlier steps that mAPLoss adds to the histogram of the positives,
+    its assignment, and the gradient of the boxes are left out.
+
+    Args:
+        logits: (N, C) tensor.
+        labels: (N,) tensor.
+        quality: (P,) IoU of each positive, in the order of the rows.
+        bins: Bins of the scores, and of the overlaps.
+        limit: Logits are counted in [-limit, limit].
+        progress: Share of the training that is over. Higher overlaps weigh more then,
+            and the mean over classes more than the AP of all classes together.
+    """
+    flat, positives = logits.reshape(-1), positive_index(logits, labels)
+    classes, last = logits.size(1), bins - 1
+    low, high = 1e-4, last - 1e-4
+    # Places among the bins, the highest score and the highest overlap first.
+    place = (limit - flat) * (last / (2 * limit))
+    score_bins, score_shares = _shares(_ClampInward.apply(place[positives], low, high))
+    iou_bins, iou_shares = _shares(((1 - quality) * last).clamp(low, high))
+    cell = (positives % classes).view(-1, 1, 1) * bins + score_bins.unsqueeze(2)
+    cell = cell * bins + iou_bins.unsqueeze(1)
+    shares = score_shares.unsqueeze(2) * iou_shares.unsqueeze(1)
+    hits = flat.new_zeros(classes * bins * bins)
+    hits = hits.scatter_add(0, cell.reshape(-1), shares.reshape(-1))
+
+    counted = place.detach() < high
+    counted[positives] = False
+    negatives = counted.nonzero().squeeze(1)
+    place = place[negatives]
+    # Above the highest bin the gradient stays.
+    place = place + (low - place.detach()).clamp(min=0)
+    cell, shares = _shares(place)
+    cell = cell + (negatives % classes * bins).unsqueeze(1)
+    misses = flat.new_zeros(classes * bins)
+    misses = misses.scatter_add(0, cell.reshape(-1), shares.reshape(-1))
+
+    step = hits.view(classes, bins, bins).cumsum(2)  # (class, score, least overlap)
+    true = step.cumsum(1)
+    total = misses.view(classes, bins).cumsum(1) + true[:, :, -1]
+    overlap = 1 - torch.arange(bins, device=flat.device).to(flat) / last
+    weight = (-10 * math.log(max(1 - progress, 1e-7)) * (overlap - 0.5)).sigmoid()
+    weight = weight / weight.sum()
+
+    def precision(true: Tensor, step: Tensor, total: Tensor) -> Tensor:
+        parts = true * step / total.clamp(min=1e-12).unsqueeze(-1)
+        return (parts @ weight).sum(1) / true[:, -1, -1].detach().clamp(min=1e-12)
+
+    pooled = precision(*(x.sum(0, keepdim=True) for x in (true, step, total)))
+    class_wise = precision(true, step, total).mean()
+    return 1 - progress * class_wise - (1 - progress) * pooled.squeeze(0)
