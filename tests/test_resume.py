@@ -379,7 +379,7 @@ def test_a_memory_that_all_processes_share_is_right_for_any(monkeypatch, now):
     assert set(shared.state()) == {'scores', 'labels'}
     as_process(monkeypatch, *now)
     other.load(shared.state())
-    assert torch.equal(other.recall(scores)[0][0], scores)
+    assert torch.equal(other.recall(scores)[0].scores, scores)
     assert set(other.state()) == {'scores', 'labels'}
     other.append(scores, labels)  # of its own from here on
     assert ('rank' in other.state()) == (now[1] > 1)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rambo_det.functional import (
+    Past,
     Ranking,
     apply_margin,
     chunks,
@@ -116,10 +117,15 @@ def test_past_rows_are_rows_without_gradient(solver, perturb, lambd, rows):
         for seed, count in enumerate((rows, 9, 0, 14))
     ]
     (scores, labels), past = steps[0], steps[1:]
-    rankings = [Ranking(lambd, True), Ranking(lambd, False, num_rows=rows)]
+    rankings = [
+        Ranking(lambd, True),
+        Ranking(lambd, False, num_rows=rows),
+        Ranking(lambd, False),
+    ]
     kwargs = dict(perturb=perturb, solver=solver)
     shifted = with_margin(scores, labels, 0.4)
     everything = [torch.cat(parts) for parts in zip((shifted, labels), *past)]
+    past = [Past(*step) for step in past]
     losses, grad = solve(*everything, rankings, **kwargs)
     kwargs.update(past=past, any_ignored=False)
     found = solve(scores, labels, rankings, margin=0.4, **kwargs)

@@ -14,10 +14,12 @@ from .average_precision import (
     detection_average_precision,
     with_margin,
 )
+from .past import Past
 from .ranking import blackbox_rank, rank
 from .sequences import Ranking
 
 __all__ = [
+    'Past',
     'Ranking',
     'ap_loss',
     'apply_margin',

@@ -14,6 +14,7 @@ from .checks import (
     check_scores,
 )
 from .margin import Shift
+from .past import Past
 from .sequences import Ranking
 from .sort_solver import sort_ap_loss, sort_average_precision
 from .table_solver import suits, table_ap_loss, table_average_precision
@@ -50,6 +51,7 @@ def _by_tables(
     positives: _Positives,
     rankings: Sequence[Ranking],
     solver: Optional[str],
+    past: Sequence[Past] = (),
 ) -> bool:
     """Return whether the table solver is to be used, and not the sort solver.
 
@@ -62,7 +64,7 @@ def _by_tables(
         raise ValueError(f"solver must be None, 'table' or 'sort', got {solver!r}")
     if solver is None:
         on_host = scores.device.type == 'cpu'
-        return on_host and suits(scores, positives.index, rankings)
+        return on_host and suits(scores, positives.index, rankings, past)
     return solver == 'table'
 
 
@@ -290,7 +292,7 @@ def detection_ap_loss(
     generator: Optional[torch.Generator] = None,
     any_ignored: bool = True,
     perturb: str = 'together',
-    past: Sequence[Tuple[Tensor, Tensor]] = (),
+    past: Sequence[Past] = (),
     solver: Optional[str] = None,
 ) -> Results:
     """``1 - AP`` over the rows of a classifier, differentiated as a blackbox.
@@ -309,9 +311,8 @@ def detection_ap_loss(
         generator: Random generator for the noise.
         any_ignored: False promises that no label is negative, which saves a pass.
         perturb: 'together' or 'singly', see :func:`ap_loss`.
-        past: Scores (M, C) and labels (M,) of earlier steps, :func:`with_margin`. Their
-            rows follow those of this one, as far as rankings take them, and have no
-            gradient.
+        past: Past steps, with the margin they had. Their rows follow those of this one,
+            as far as rankings take them, and have no gradient.
         solver: See :func:`ap_loss`.
 
     Returns:
@@ -329,23 +330,14 @@ def detection_ap_loss(
     scores = at_least_float32(scores)
     exists = (labels >= 0).unsqueeze(1) if any_ignored else None
     positives = _Positives(scores, labels)
-    if _by_tables(scores, positives, rankings, solver):
-        shift, start = Shift(margin, margin_noise, generator), scores.numel()
-        index, parts = [positives.index], []
-        for old, of in past:
-            index.append(_Positives(old, of).index + start)
-            start += old.numel()
-            present = of >= 0
-            parts.append((old, None if present.all() else present.unsqueeze(1)))
-        all_positives = torch.cat(index)
-        return table_ap_loss(
-            scores, all_positives, exists, rankings, shift, together, parts
-        )
+    if _by_tables(scores, positives, rankings, solver, past):
+        shift, index = Shift(margin, margin_noise, generator), positives.index
+        return table_ap_loss(scores, index, exists, rankings, shift, together, past)
     positive = positives.mask
     scores = apply_margin(scores, positive, margin, margin_noise, generator)
     if past:
-        labels = torch.cat([labels, *(of for _, of in past)])
-        scores = torch.cat([scores, *(old for old, _ in past)])
+        scores = torch.cat([scores, *(of.scores for of in past)])
+        labels = torch.cat([labels, *(of.labels for of in past)])
         positive, exists = _Positives(scores, labels).mask, (labels >= 0).unsqueeze(1)
     return sort_ap_loss(scores, positive, exists, rankings, together)
 

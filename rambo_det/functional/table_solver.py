@@ -15,6 +15,7 @@ result. The matrix is worked through in chunks that fit into a processor's cache
 Order everywhere: score descending, then negatives before positives, then index.
 """
 
+from itertools import accumulate
 from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -24,7 +25,8 @@ from torch.autograd.function import once_differentiable
 from .checks import representable
 from .chunks import Chunks, Negatives, reaching
 from .margin import Shift
-from .sequences import Ranking
+from .past import Past
+from .sequences import Kinds, Ranking
 
 
 class _Ordered:
@@ -80,8 +82,9 @@ class _Ordered:
 class _Placed(NamedTuple):
     """Positives, and the negatives among them."""
 
+    scores: Tensor  # (P,) of the positives
     positives: _Ordered
-    cells: List[Tensor]  # those of the negatives of each own chunk
+    cells: List[Tensor]  # those of the negatives of each chunk
     table: Tensor  # (kinds, gaps) the number of negatives in each cell
 
 
@@ -120,22 +123,44 @@ class _Solver:
         exists: Optional[Tensor],
         rankings: Sequence[Ranking],
         shift: Shift,
-        past: Sequence[Tuple[Tensor, Optional[Tensor]]] = (),
+        past: Sequence[Past] = (),
     ) -> None:
-        self.dtype, self.count = scores.dtype, scores.numel()
-        self.rankings, self.positives = rankings, positives
-        self.sizes = [of.num_sequences(scores.size(1)) + 1 for of in rankings]
-        self.chunks = Chunks(scores, exists, past, positives, rankings, shift)
-        self.scores, self.kinds = self.chunks.scores_of_positives, self.chunks.kinds
+        self.dtype, self.count, self.columns = (
+            scores.dtype,
+            scores.numel(),
+            scores.size(1),
+        )
+        self.rankings, self.positives, self.past = rankings, positives, past
+        rows = [len(scores), *(len(of.scores) for of in past)]
+        self.kinds = Kinds(sum(rows), self.columns, rankings, scores.device)
+        self.chunks = Chunks(scores, exists, positives, self.kinds, shift)
+        self.exists = self._exists(exists, rows)
+        found, index = [self.chunks.scores_of_positives], [positives]
+        for first, of in zip(accumulate(rows), past):
+            index.append(of.positives())
+            found.append(of.scores.reshape(-1).index_select(0, index[-1]))
+            index[-1] = index[-1] + first * self.columns
+        self.scores = torch.cat(found)
+        kind = self.kinds.of_entries(torch.cat(index))
         # For each ranking the sequence of each positive, (P,).
-        kind = self.chunks.kind_of_positives
         self.own = [of.index_select(0, kind) for of in self.kinds.sequences]
+        self.sizes = [of.num_sequences(self.columns) + 1 for of in rankings]
         self.floors = self._lowest()
-        self.index: List[Tensor] = []  # of the negatives of each own chunk, int32
-        self.negatives: List[Negatives] = []  # of all chunks, if positives will move
+        self.index: List[Tensor] = []  # of the negatives of each chunk, int32
+        self.negatives: List[Negatives] = []  # of each chunk, if positives will move
         self.moves = any(of.lambd < float('inf') for of in rankings)
         self.before = self._place(self.scores, self._find)
         self.places = [self._places(self.before, of) for of in range(len(rankings))]
+
+    def _exists(
+        self, exists: Optional[Tensor], rows: Sequence[int]
+    ) -> Optional[Tensor]:
+        """Return which entries exist, with those of past rows; ``None`` for all."""
+        if not self.past:
+            return exists
+        every = self.positives.new_ones((rows[0], 1), dtype=torch.bool)
+        parts = [(of.labels >= 0).unsqueeze(1) for of in self.past]
+        return torch.cat([every if exists is None else exists, *parts])
 
     def _lowest(self) -> Tensor:
         """Return the lowest positive in any sequence of each kind, (kinds,)."""
@@ -149,8 +174,7 @@ class _Solver:
     def _find(self, number: int) -> Negatives:
         """Find the negatives of a chunk that are not below all positives of theirs."""
         index, found = self.chunks.negatives(number, self.floors)
-        if number < self.chunks.own:
-            self.index.append(index.int())
+        self.index.append(index.int())
         if self.moves:
             self.negatives.append(found)
         return found
@@ -162,13 +186,10 @@ class _Solver:
         table = scores.new_zeros(size, dtype=torch.int32)
         one, cells = table.new_ones(1), []
         for number in range(len(self.chunks)):
-            own = positives.cells(find(number))
-            table.index_add_(0, own, one.expand_as(own))
-            if number < self.chunks.own:
-                cells.append(own)
-        own = positives.cells(self.chunks.past_positives())
-        table.index_add_(0, own, one.neg().expand_as(own))
-        return _Placed(positives, cells, table.view(self.kinds.count, positives.gaps))
+            cells.append(positives.cells(find(number)))
+            table.index_add_(0, cells[-1], one.expand_as(cells[-1]))
+        table = table.view(self.kinds.count, positives.gaps)
+        return _Placed(scores, positives, cells, table)
 
     def _places(self, placed: _Placed, number: int) -> _Places:
         """Find out where the positives stand in a ranking."""
@@ -178,11 +199,22 @@ class _Solver:
         of = self.kinds.sequences[number][:-1]
         negatives = negatives.index_add_(0, of, placed.table).cumsum(1)
         count, total = lower[:, -1], negatives[:, -1]
-        return _Places(
-            count,
-            count.index_select(0, own) - lower[own, positives.below],
-            total.index_select(0, own) - negatives[own, positives.below],
-        )
+        among = count.index_select(0, own) - lower[own, positives.below]
+        above = total.index_select(0, own) - negatives[own, positives.below]
+        if len(own) and self.past and self.rankings[number].num_rows is None:
+            above += self._past_above(placed.scores, number, among)
+        return _Places(count, among, above)
+
+    def _past_above(self, scores: Tensor, number: int, among: Tensor) -> Tensor:
+        """Count the past negatives above each positive in its sequence, (P,)."""
+        if not self.rankings[number].per_class:
+            asked = scores.expand(self.columns, -1)
+            return torch.stack([of.above(asked).sum(0) for of in self.past]).sum(0)
+        # Ask for each column about its own positives only.
+        places = self.own[number], among - 1
+        asked = scores.new_zeros((self.columns, int(among.max())))
+        asked[places] = scores
+        return torch.stack([of.above(asked)[places] for of in self.past]).sum(0)
 
     def average_precision(self, number: int) -> Tensor:
         """AP of each sequence of a ranking, (S,); NaN without positives."""
@@ -201,9 +233,7 @@ class _Solver:
         """Algorithm 1 on the ranking of a sequence: all positives move at once."""
         own, size, places = self.own[number], self.sizes[number], self.places[number]
         of = self.kinds.sequences[number]
-        lengths = own.new_zeros(size).index_add_(
-            0, of, self.kinds.lengths(self.chunks.exists)
-        )
+        lengths = own.new_zeros(size).index_add_(0, of, self.kinds.lengths(self.exists))
         lambd = max(self.rankings[number].lambd, torch.finfo(self.dtype).tiny)
         # lambd * dL / d(rank / n), as n * rk+ / (P * rk^2).
         step = (lengths.double() * lambd).masked_fill_(lengths == 0, 1.0)
@@ -263,8 +293,8 @@ class _Solver:
                 values += before - new.index_select(0, after[number])
             part = result[self.chunks.entries(number)]
             part.scatter_(0, index.long(), values)
-        own = self.positives < self.count
-        return result.index_copy_(0, self.positives[own], rewards[own].to(self.dtype))
+        own = rewards[: len(self.positives)].to(self.dtype)
+        return result.index_copy_(0, self.positives, own)
 
 
 class _APLoss(torch.autograd.Function):
@@ -285,8 +315,20 @@ class _APLoss(torch.autograd.Function):
         return ctx.solver.gradient(ctx.moves, grads).view(ctx.shape), None, None
 
 
-def suits(scores: Tensor, positives: Tensor, rankings: Sequence[Ranking]) -> bool:
-    """Return whether the tables are small, and all groups are the same."""
+def suits(
+    scores: Tensor,
+    positives: Tensor,
+    rankings: Sequence[Ranking],
+    past: Sequence[Past] = (),
+) -> bool:
+    """Return whether the tables are small and groups, if any, are those of all rows.
+
+    And whether rankings take either all past rows, ungrouped, or none.
+    """
+    for of in rankings:
+        all_rows = of.num_rows is None and of.groups is None and of.first_row == 0
+        if past and not all_rows and of.rows(len(scores) + 1)[1] > len(scores):
+            return False
     groups = [(of.groups, of[3:]) for of in rankings if of.groups is not None]
     for (one, rest), (other, others) in zip(groups, groups[1:]):
         if rest != others or not (one is other or torch.equal(one, other)):
@@ -303,17 +345,16 @@ def table_ap_loss(
     rankings: Sequence[Ranking],
     shift: Shift,
     together: bool,
-    past: Sequence[Tuple[Tensor, Optional[Tensor]]] = (),
+    past: Sequence[Past] = (),
 ) -> List[Tuple[Tensor, Tensor]]:
     """``1 - AP`` of each sequence of each ranking, with the blackbox gradient.
 
     ``scores`` (N, C) are float32 or float64, ``positives`` (P,) flat indices,
     ascending. ``exists`` (N, C) or (N, 1) is False where an entry is in no sequence, or
     ``None``; positives must exist. With ``together`` all positives of a sequence are
-    perturbed at once. ``past`` has further matrices (M, C), without gradient and with
-    their margin, and which of their entries exist; their rows and positives follow
-    those of ``scores``. Returns for each ranking the losses (S,), and (S,) True where
-    there is a positive.
+    perturbed at once. The rows of ``past`` follow those of ``scores``, without gradient
+    and with their own margin. Returns for each ranking the losses (S,), and (S,) True
+    where there is a positive.
     """
     solver = _Solver(scores, positives, exists, rankings, shift, past)
     losses = _APLoss.apply(scores, solver, together)

@@ -2,10 +2,13 @@
 
 import warnings
 from collections import deque
+from copy import deepcopy
 from typing import Any, Deque, Dict, List, Tuple
 
 from mmengine.dist import get_dist_info
 from torch import Tensor
+
+from ..functional import Past
 
 
 class ScoreMemory:
@@ -21,7 +24,7 @@ class ScoreMemory:
 
     def __init__(self, length: int) -> None:
         self.length = length
-        self._steps: Deque[Tuple[Tensor, Tensor]] = deque(maxlen=length)
+        self._steps: Deque[Past] = deque(maxlen=length)
         self._idle_copy = False
         self._shared = False
 
@@ -30,7 +33,7 @@ class ScoreMemory:
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> 'ScoreMemory':
         copied = ScoreMemory(self.length)
-        copied._steps.extend((s.clone(), labels.clone()) for s, labels in self._steps)
+        copied._steps = deepcopy(self._steps, memo)
         copied._idle_copy, copied._shared = True, self._shared
         return copied
 
@@ -42,24 +45,24 @@ class ScoreMemory:
     @property
     def labels(self) -> List[Tensor]:
         """The labels of each step, oldest first."""
-        return [labels for _, labels in self._steps]
+        return [step.labels for step in self._steps]
 
     def append(self, scores: Tensor, labels: Tensor, shared: bool = False) -> None:
         """Remember a step; ``shared`` tells that its rows are those of all processes.
 
         A full memory forgets the oldest step.
         """
-        self._steps.append((scores, labels))
+        self._steps.append(Past(scores, labels))
         self._idle_copy, self._shared = False, shared
 
-    def recall(self, like: Tensor) -> List[Tuple[Tensor, Tensor]]:
-        """Return the scores and labels of each step, on the device of present scores.
+    def recall(self, like: Tensor) -> List[Past]:
+        """Return all steps, oldest first, moved to the device of present scores.
 
         A memory with another number of classes is emptied, with a warning.
         """
         if not self._steps:
             return []
-        classes = self._steps[0][0].size(1)
+        classes = self._steps[0].scores.size(1)
         if classes != like.size(1):
             warnings.warn(
                 f'RaMBOLoss: the memory holds scores of {classes} classes and pred has '
@@ -69,11 +72,12 @@ class ScoreMemory:
             )
             self._steps.clear()
             return []
-        return [(old.to(like), labels.to(like.device)) for old, labels in self._steps]
+        self._steps.extend([step.to(like) for step in self._steps])  # in their place
+        return list(self._steps)
 
     def state(self) -> Dict[str, Any]:
         """Return tensors and plain values, the oldest step first."""
-        scores = [scores for scores, _ in self._steps]
+        scores = [step.scores for step in self._steps]
         state: Dict[str, Any] = dict(scores=scores, labels=self.labels)
         rank, processes = get_dist_info()
         if processes > 1 and not self._shared:  # each remembers its own images
@@ -100,7 +104,7 @@ class ScoreMemory:
         elif saved_rank != rank:
             reason = f'is that of process {saved_rank}; ExactResumeHook saves all'
         else:
-            self._steps.extend(steps)
+            self._steps.extend(Past(*step) for step in steps)
             return
         if steps and self.length:
             warnings.warn(
