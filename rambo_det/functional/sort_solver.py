@@ -118,14 +118,19 @@ class _Entries:
         pairs = zip(self.sizes, [*lambds, 1.0])
         return torch.cat([self.scores.new_full((n,), lambd) for n, lambd in pairs])
 
+    def mean(self, numerators: Tensor) -> Tensor:
+        """Mean of ``numerator / rk`` over the positives of each sequence, (S,).
+
+        The numerators (M,) are at most ``rk``. Without positives it is 0.
+        """
+        # The sum of numbers up to 1 must stay below 2^63.
+        bits = min(ONE_BITS, 63 - len(self.codes).bit_length())
+        values = self.share * numerators >> (ONE_BITS - bits)
+        return self.order.total(values) / self.divisor * 2.0**-bits
+
     def losses(self) -> Tensor:
         """``1 - AP`` of each sequence, (S,); 0 without positives."""
-        order = self.order
-        # Precisions, the sum of which must stay below 2^63.
-        bits = min(ONE_BITS, 63 - len(self.codes).bit_length())
-        precisions = self.share * order.among >> (ONE_BITS - bits)
-        lost = (order.counts << bits) - order.total(precisions)
-        return lost / self.divisor * 2.0**-bits
+        return self.mean(self.order.rank - self.order.among)
 
     def move_together(self) -> Tensor:
         """Algorithm 1 on the ranking of a sequence: all positives move at once.
@@ -276,5 +281,6 @@ def sort_average_precision(
 ) -> Tensor:
     """Exact AP of each sequence of a ranking, (S,); NaN without positives."""
     entries = _Entries(scores.detach(), positive, exists, [ranking])
-    loss = entries.losses().masked_fill(entries.order.counts == 0, float('nan'))
-    return (1 - loss).split(entries.sizes)[0]
+    precision = entries.mean(entries.order.among)
+    precision.masked_fill_(entries.order.counts == 0, float('nan'))
+    return precision.split(entries.sizes)[0]
