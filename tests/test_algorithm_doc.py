@@ -25,7 +25,7 @@ def test_page_shows_what_the_tool_prints(capsys, monkeypatch):
     paragraphs = page.split('\n\n')
     places = [paragraphs.index(block) for block in printed]
     assert places == sorted(places)
-    assert len(places) == 8
+    assert len(places) == 10
     assert f'`n = {len(SCORES)}` and `P = {len(POSITIVES)}`' in page
     assert f'λ = {tool.LAMBD:g}' in page
     assert f'= 1/{len(SCORES) * tool.LAMBD:g} to both' in page
@@ -49,6 +49,25 @@ def test_example_agrees_with_the_oracle(lambd):
 def test_single_moves_agree_with_the_oracle(lambd):
     _, gradient = oracle.ap_loss_singly(SCORES, TARGETS, lambd)
     assert tool.gradient_singly(lambd) == pytest.approx(gradient, abs=1e-12)
+
+
+@pytest.mark.parametrize('lambd', tool.REACHES)
+def test_sorting_agrees_with_the_oracle(lambd):
+    _, gradient = oracle.ap_loss_singly(SCORES, TARGETS, lambd)
+    assert tool.gradient_singly(lambd, 'sort') == pytest.approx(gradient, abs=1e-12)
+    steps = tool.sort_steps(lambd)
+    ranks, among = (
+        function(SCORES, TARGETS) for function in (oracle.ranks, oracle.positive_ranks)
+    )
+    assert [step.rank for step in steps] == [ranks[step.index] for step in steps]
+    for step in steps:
+        if TARGETS[step.index]:
+            assert step.among == among[step.index]
+            value = -step.part * (step.rank - step.now)
+        else:
+            value = step.below - step.still_below
+        expected = gradient[step.index] * len(POSITIVES)
+        assert value == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize('moved', [False, True])

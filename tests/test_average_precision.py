@@ -1,5 +1,6 @@
 """AP and its loss against the definition and against Algorithm 1 done literally."""
 
+import functools
 import math
 
 import oracle
@@ -20,6 +21,7 @@ from rambo_det.functional import (
 )
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+SOLVERS = ['search', 'sort']
 
 score = st.one_of(
     st.integers(-3, 3).map(float),
@@ -60,11 +62,15 @@ def sequences(scores, targets, mask):
 
 
 @settings(max_examples=500)
-@given(problem=problems(), dtype=st.sampled_from(DTYPES))
-def test_average_precision_is_the_definition(problem, dtype):
+@given(
+    problem=problems(),
+    dtype=st.sampled_from(DTYPES),
+    solver=st.sampled_from(SOLVERS),
+)
+def test_average_precision_is_the_definition(problem, dtype, solver):
     scores, targets, mask, _ = problem
     scores = scores.to(dtype)
-    result = average_precision(scores, targets, mask)
+    result = average_precision(scores, targets, mask, solver=solver)
     assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     for r, _, values, flags in sequences(scores.double(), targets, mask):
         expected = oracle.average_precision(values, flags)
@@ -80,8 +86,9 @@ ORACLES = {'together': oracle.ap_loss, 'singly': oracle.ap_loss_singly}
     dtype=st.sampled_from(DTYPES),
     perturb=st.sampled_from(sorted(ORACLES)),
     to_the_top=st.booleans(),
+    solver=st.sampled_from(SOLVERS),
 )
-def test_loss_and_gradient_are_algorithm_1(problem, dtype, perturb, to_the_top):
+def test_loss_and_gradient_are_algorithm_1(problem, dtype, perturb, to_the_top, solver):
     scores, targets, mask, lambd = problem
     together = perturb == 'together'
     if to_the_top and not together:
@@ -90,7 +97,9 @@ def test_loss_and_gradient_are_algorithm_1(problem, dtype, perturb, to_the_top):
     scores = scores.to(dtype).requires_grad_()
     # Incoming gradients that half precision holds exactly: they must only scale.
     incoming = torch.tensor([0.5, 2.0, -1.0])[: scores.size(0)]
-    losses = ap_loss(scores, targets, lambd=lambd, mask=mask, perturb=perturb)
+    losses = ap_loss(
+        scores, targets, lambd=lambd, mask=mask, perturb=perturb, solver=solver
+    )
     (losses * incoming.to(losses)).sum().backward()
 
     expected = torch.zeros(scores.shape, dtype=torch.float64)
@@ -108,8 +117,8 @@ def test_loss_and_gradient_are_algorithm_1(problem, dtype, perturb, to_the_top):
 
 
 @settings(max_examples=500, deadline=None)
-@given(problem=problems(max_rows=1, max_length=12))
-def test_unit_gradient_form_equals_the_literal_composition(problem):
+@given(problem=problems(max_rows=1, max_length=12), solver=st.sampled_from(SOLVERS))
+def test_unit_gradient_form_equals_the_literal_composition(problem, solver):
     """The same loss composed from blackbox_rank, the positives' ranks constant.
 
     blackbox_rank breaks ties by index, so the negatives are put first.
@@ -127,7 +136,7 @@ def test_unit_gradient_form_equals_the_literal_composition(problem):
     loss.backward()
 
     ours = scores[:, order].double().requires_grad_()
-    result = ap_loss(ours, positive[None], lambd=lambd)
+    result = ap_loss(ours, positive[None], lambd=lambd, solver=solver)
     result.sum().backward()
     torch.testing.assert_close(result[0], loss.detach(), rtol=0, atol=1e-12)
     torch.testing.assert_close(ours.grad[0], literal.grad, rtol=1e-9, atol=1e-12)
@@ -148,6 +157,7 @@ def test_a_weight_scales_unlike_in_the_literal_form():
     torch.testing.assert_close(gradient(65536.0, 5.0), 65536.0 * gradient(1.0, 5.0))
 
 
+@pytest.mark.parametrize('solver', SOLVERS)
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize(
     'values, targets, loss',
@@ -163,18 +173,19 @@ def test_a_weight_scales_unlike_in_the_literal_form():
         ([], [], 0.0),
     ],
 )
-def test_special_sequences(values, targets, loss, dtype):
+def test_special_sequences(values, targets, loss, dtype, solver):
     scores = torch.tensor([values], dtype=dtype).requires_grad_()
-    result = ap_loss(scores, torch.tensor([targets]), lambd=1.0)
+    result = ap_loss(scores, torch.tensor([targets]), lambd=1.0, solver=solver)
     assert result.tolist() == pytest.approx([loss], abs=1e-6)
     result.sum().backward()
     assert torch.isfinite(scores.grad).all()
 
 
+@pytest.mark.parametrize('solver', SOLVERS)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('perturb', sorted(ORACLES))
 @pytest.mark.parametrize('lambd', [1e-320, 1e-46, 1e-38, 1e38, 1e39, 1e300])
-def test_lambda_at_the_ends_of_floating_point(lambd, perturb, dtype):
+def test_lambda_at_the_ends_of_floating_point(lambd, perturb, dtype, solver):
     """Nothing moves below the range of the type; above it, everything that can."""
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(3, 30, generator=generator).to(dtype)
@@ -182,7 +193,8 @@ def test_lambda_at_the_ends_of_floating_point(lambd, perturb, dtype):
     # Those that are infinite stay, whatever finite number is added.
     scores[1, :5], scores[2, :5] = math.inf, -math.inf
     scores.requires_grad_()
-    ap_loss(scores, targets, lambd=lambd, perturb=perturb).sum().backward()
+    kwargs = dict(perturb=perturb, solver=solver)
+    ap_loss(scores, targets, lambd=lambd, **kwargs).sum().backward()
     assert torch.isfinite(scores.grad).all()
     grad = scores.grad.clone()
     if perturb == 'together':
@@ -192,7 +204,7 @@ def test_lambda_at_the_ends_of_floating_point(lambd, perturb, dtype):
         assert not grad.any()
     else:
         scores.grad = None
-        ap_loss(scores, targets, lambd=math.inf, perturb=perturb).sum().backward()
+        ap_loss(scores, targets, lambd=math.inf, **kwargs).sum().backward()
         assert torch.equal(grad[0], scores.grad[0])
     for values in (scores[0].detach(), torch.zeros(30, dtype=dtype)):
         leaf = values.clone().requires_grad_()
@@ -201,8 +213,9 @@ def test_lambda_at_the_ends_of_floating_point(lambd, perturb, dtype):
         assert torch.isfinite(leaf.grad).all()
 
 
+@pytest.mark.parametrize('solver', SOLVERS)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-def test_a_million_positives_are_summed_exactly(dtype):
+def test_a_million_positives_are_summed_exactly(dtype, solver):
     generator = torch.Generator().manual_seed(0)
     targets = torch.rand(1, 1_200_000, generator=generator) < 0.85
     scores = targets + 2 * torch.randn(targets.shape, generator=generator, dtype=dtype)
@@ -215,22 +228,25 @@ def test_a_million_positives_are_summed_exactly(dtype):
     exact = math.fsum(a / b for a, b in zip(among, overall)) / len(among)
     # The result has the type of the scores, and so its rounding.
     tolerance = 1e-9 if dtype == torch.float64 else 2**-24
-    assert abs(average_precision(scores, targets).item() - exact) <= tolerance
-    loss = ap_loss(scores, targets, lambd=math.inf, perturb='singly')
+    result = average_precision(scores, targets, solver=solver)
+    assert abs(result.item() - exact) <= tolerance
+    loss = ap_loss(scores, targets, lambd=math.inf, perturb='singly', solver=solver)
     assert abs(loss.item() - (1 - exact)) <= tolerance
 
 
-def test_rows_without_positives_have_no_gradient():
+@pytest.mark.parametrize('solver', SOLVERS)
+def test_rows_without_positives_have_no_gradient(solver):
     scores = torch.randn(3, 8, requires_grad=True)
     targets = torch.zeros(3, 8)
     targets[1, 5] = 1
-    loss = ap_loss(scores, targets, lambd=100.0)
+    loss = ap_loss(scores, targets, lambd=100.0, solver=solver)
     loss.sum().backward()
     assert loss[0] == 0 and loss[2] == 0
     assert scores.grad[[0, 2]].abs().sum() == 0
 
 
-def test_masked_entries_do_not_exist():
+@pytest.mark.parametrize('solver', SOLVERS)
+def test_masked_entries_do_not_exist(solver):
     """Removing them gives the same; they may hold NaN."""
     generator = torch.Generator().manual_seed(3)
     scores = torch.randn(1, 40, generator=generator, dtype=torch.float64)
@@ -238,25 +254,26 @@ def test_masked_entries_do_not_exist():
     mask = torch.rand(1, 40, generator=generator) < 0.6
     holed = scores.masked_fill(~mask, math.nan).requires_grad_()
     short = scores[mask][None].clone().requires_grad_()
-    a = ap_loss(holed, targets, lambd=3.0, mask=mask)
-    b = ap_loss(short, targets[mask][None], lambd=3.0)
+    a = ap_loss(holed, targets, lambd=3.0, mask=mask, solver=solver)
+    b = ap_loss(short, targets[mask][None], lambd=3.0, solver=solver)
     a.sum().backward()
     b.sum().backward()
     assert a.item() == b.item()
     assert torch.equal(holed.grad[mask], short.grad[0])
     assert holed.grad[~mask].abs().sum() == 0
     torch.testing.assert_close(
-        average_precision(holed.detach(), targets, mask), 1 - a.detach()
+        average_precision(holed.detach(), targets, mask, solver=solver), 1 - a.detach()
     )
 
 
-def test_non_contiguous_input():
+@pytest.mark.parametrize('solver', SOLVERS)
+def test_non_contiguous_input(solver):
     scores = torch.randn(20, 3, dtype=torch.float64)
     targets = torch.rand(20, 3) < 0.3
     strided = scores.clone().requires_grad_()
     plain = scores.t().contiguous().requires_grad_()
-    a = ap_loss(strided.t(), targets.t(), lambd=2.0)
-    b = ap_loss(plain, targets.t().contiguous(), lambd=2.0)
+    a = ap_loss(strided.t(), targets.t(), lambd=2.0, solver=solver)
+    b = ap_loss(plain, targets.t().contiguous(), lambd=2.0, solver=solver)
     a.sum().backward()
     b.sum().backward()
     assert torch.equal(a, b)
@@ -315,8 +332,9 @@ def test_random_margin_is_half_normal():
     assert torch.equal(shift, again)
 
 
+@pytest.mark.parametrize('solver', SOLVERS)
 @pytest.mark.parametrize('noise', [False, True])
-def test_loss_with_margin_is_the_loss_of_shifted_scores(noise):
+def test_loss_with_margin_is_the_loss_of_shifted_scores(noise, solver):
     scores = torch.randn(2, 30, dtype=torch.float64)
     targets = torch.rand(2, 30) < 0.3
     mask = torch.rand(2, 30) < 0.8
@@ -324,7 +342,7 @@ def test_loss_with_margin_is_the_loss_of_shifted_scores(noise):
     shifted = apply_margin(
         plain * mask, targets, 0.5, noise, torch.Generator().manual_seed(5)
     )
-    a = ap_loss(shifted, targets, lambd=2.0, mask=mask)
+    a = ap_loss(shifted, targets, lambd=2.0, mask=mask, solver=solver)
     b = ap_loss(
         inside,
         targets,
@@ -333,6 +351,7 @@ def test_loss_with_margin_is_the_loss_of_shifted_scores(noise):
         margin_noise=noise,
         mask=mask,
         generator=torch.Generator().manual_seed(5),
+        solver=solver,
     )
     a.sum().backward()
     b.sum().backward()
@@ -372,14 +391,21 @@ def detections(draw):
 
 
 @settings(max_examples=1000, deadline=None)
-@given(problem=detections(), per_class=st.booleans(), per_image=st.booleans())
-def test_detection_layout_equals_sequences_spelled_out(problem, per_class, per_image):
+@given(
+    problem=detections(),
+    per_class=st.booleans(),
+    per_image=st.booleans(),
+    solver=st.sampled_from(SOLVERS),
+)
+def test_detection_layout_equals_sequences_spelled_out(
+    problem, per_class, per_image, solver
+):
     scores, labels, images, num_images, lambd = problem
     scores.requires_grad_()
     groups = (images, num_images) if per_image else ()
     ranking = Ranking(lambd, per_class, *groups)
-    ((losses, present),) = detection_ap_loss(scores, labels, [ranking])
-    aps = detection_average_precision(scores, labels, ranking)
+    ((losses, present),) = detection_ap_loss(scores, labels, [ranking], solver=solver)
+    aps = detection_average_precision(scores, labels, ranking, solver)
     weights = torch.linspace(0.5, 2.0, losses.numel(), dtype=torch.float64)
     (losses * weights).sum().backward()
 
@@ -417,26 +443,34 @@ def test_detection_layout_equals_sequences_spelled_out(problem, per_class, per_i
     per_image=st.booleans(),
     part=st.tuples(st.integers(0, 10), st.integers(0, 10)),
     perturb=st.sampled_from(['together', 'singly']),
+    lambds=st.tuples(*[st.sampled_from([0.3, 2.0, math.inf])] * 2),
+    solver=st.sampled_from(SOLVERS),
 )
 def test_a_part_of_the_rows_is_ranked_as_if_alone(
-    problem, per_class, per_image, part, perturb
+    problem, per_class, per_image, part, perturb, lambds, solver
 ):
     scores, labels, images, num_images, lambd = problem
     first, last = sorted(min(row, len(labels)) for row in part)
     inside, outside = scores.clone().requires_grad_(), scores.clone().requires_grad_()
     groups = (images[first:last], num_images) if per_image else (None, 1)
-    ranking = Ranking(lambd, per_class, *groups)
+    if perturb == 'together':
+        lambds = (lambd, lambd)
+    kwargs = dict(perturb=perturb, solver=solver)
+    ranking = Ranking(lambds[0], per_class, *groups)
     placed = ranking._replace(num_rows=last - first, first_row=first)
-    whole = Ranking(lambd, not per_class)  # ranked in the same call
-    results = detection_ap_loss(inside, labels, [placed, whole], perturb=perturb)
+    whole = Ranking(lambds[1], not per_class)  # ranked in the same call
+    results = detection_ap_loss(inside, labels, [placed, whole], **kwargs)
     expected = [
         *detection_ap_loss(
-            outside[first:last], labels[first:last], [ranking], perturb=perturb
+            outside[first:last], labels[first:last], [ranking], **kwargs
         ),
-        *detection_ap_loss(outside, labels, [whole], perturb=perturb),
+        *detection_ap_loss(outside, labels, [whole], **kwargs),
     ]
     for (losses, present), (other, also) in zip(results, expected):
-        assert torch.equal(losses, other) and torch.equal(present, also)
+        # The more entries there are, the fewer bits the sort solver has for a sum.
+        rounding = 1e-15 if solver == 'sort' else 0
+        torch.testing.assert_close(losses, other, rtol=0, atol=rounding)
+        assert torch.equal(present, also)
     for parts in (results, expected):
         sum(losses.sum() for losses, _ in parts).backward()
     torch.testing.assert_close(inside.grad, outside.grad, rtol=1e-12, atol=1e-12)
@@ -472,8 +506,11 @@ def pairwise(scores, targets, lambd):
     spread=st.sampled_from([1.0, 1e-3, 1e6]),
     lambd=st.sampled_from([0.05, 1.0, 30.0]),
     per_class=st.booleans(),
+    solver=st.sampled_from(SOLVERS),
 )
-def test_longer_sequences(seed, rows, columns, share, digits, spread, lambd, per_class):
+def test_longer_sequences(
+    seed, rows, columns, share, digits, spread, lambd, per_class, solver
+):
     """Long enough for the bins; few digits make ties, outliers make them uneven."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
@@ -484,7 +521,7 @@ def test_longer_sequences(seed, rows, columns, share, digits, spread, lambd, per
     labels[torch.rand(rows, generator=generator) < 0.05] = -1
     scores.requires_grad_()
     ((losses, present),) = detection_ap_loss(
-        scores, labels, [Ranking(lambd, per_class)]
+        scores, labels, [Ranking(lambd, per_class)], solver=solver
     )
     losses.sum().backward()
     kept = labels >= 0
@@ -512,8 +549,11 @@ def test_longer_sequences(seed, rows, columns, share, digits, spread, lambd, per
     margin=st.sampled_from([0.1, 0.15, 3.0]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     per_class=st.booleans(),
+    solver=st.sampled_from(SOLVERS),
 )
-def test_fixed_margin_inside_is_the_one_applied_before(seed, margin, dtype, per_class):
+def test_fixed_margin_inside_is_the_one_applied_before(
+    seed, margin, dtype, per_class, solver
+):
     """Bit for bit, on a grid where the margin makes ties that rounding decides."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(-60, 60, (200, 3), generator=generator).to(dtype) / 20
@@ -521,13 +561,106 @@ def test_fixed_margin_inside_is_the_one_applied_before(seed, margin, dtype, per_
     one_hot = labels[:, None] == torch.arange(3)
     inside, before = scores.clone().requires_grad_(), scores.clone().requires_grad_()
     ranking = Ranking(1.0, per_class)
-    ((a, _),) = detection_ap_loss(inside, labels, [ranking], margin=margin)
+    kwargs = dict(solver=solver)
+    ((a, _),) = detection_ap_loss(inside, labels, [ranking], margin=margin, **kwargs)
     shifted = apply_margin(before, one_hot, margin)
-    ((b, _),) = detection_ap_loss(shifted, labels, [ranking])
+    ((b, _),) = detection_ap_loss(shifted, labels, [ranking], **kwargs)
     a.sum().backward()
     b.sum().backward()
     assert torch.equal(a, b)
     assert torch.equal(inside.grad, before.grad)
+
+
+# The sort solver, where the definitions are too slow
+
+
+def both(scores, labels, rankings, **kwargs):
+    """Losses, presence and gradient of both solvers."""
+    found = []
+    for solver in SOLVERS:
+        leaf = scores.clone().requires_grad_()
+        results = detection_ap_loss(leaf, labels, rankings, solver=solver, **kwargs)
+        parts = [losses for losses, _ in results]
+        total = sum((p * torch.linspace(0.5, 2, len(p))).sum() for p in parts)
+        total.backward()
+        present = [present for _, present in results]
+        found.append([*(p.detach() for p in parts), *present, leaf.grad])
+    return found
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    'perturb, lambds',
+    [
+        ('together', (3.0, 20.0)),
+        ('singly', (0.5, 0.1)),
+        ('singly', (0.5, math.inf)),
+        ('singly', (math.inf, math.inf)),
+    ],
+)
+@pytest.mark.parametrize('digits', [1, 6])
+def test_both_solvers_agree_on_many_entries(digits, perturb, lambds, dtype):
+    """On a grid, moved scores tie often, and with float32 in the same places."""
+    rows, columns = 20_000, 10
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(rows, columns, generator=generator).to(dtype)
+    scores = scores.round(decimals=digits)
+    scores[:50], scores[50:100] = math.inf, -math.inf
+    labels = torch.randint(-1, 3 * columns, (rows,), generator=generator)
+    labels.clamp_(max=columns - 1 if digits == 1 else columns)
+    images = torch.randint(0, 3, (rows,), generator=generator)
+    rankings = [
+        Ranking(lambds[0], True),
+        Ranking(lambds[1], False, images[5000:], 4, rows - 5000, 5000),
+    ]
+    search, sort = both(scores, labels, rankings, perturb=perturb)
+    exact = dtype == torch.float64
+    for a, b in zip(search, sort):
+        assert a.dtype == b.dtype
+        # What the search adds up in float32 differs in the last digits.
+        kwargs = dict(rtol=1e-9, atol=1e-12) if exact else dict(rtol=2e-5, atol=1e-8)
+        torch.testing.assert_close(b, a, **kwargs)
+
+
+def test_without_rows_the_sort_solver_ranks_nothing():
+    scores = torch.zeros(0, 3, requires_grad=True)
+    labels, index = torch.zeros(0).long(), torch.zeros(0).long()
+    rankings = [Ranking(1.0, True), Ranking(math.inf, False, index, 2)]
+    search, sort = both(scores.detach(), labels, rankings, perturb='singly')
+    assert all(torch.equal(a, b) for a, b in zip(search, sort))
+    for function in (average_precision, functools.partial(ap_loss, lambd=1.0)):
+        nothing = torch.zeros(0, 3, requires_grad=True)
+        assert function(nothing, torch.zeros(0, 3), solver='sort').shape == (0,)
+
+
+@pytest.mark.parametrize('perturb', sorted(ORACLES))
+def test_the_sort_solver_bears_nan_that_nobody_looked_for(perturb):
+    scores = torch.randn(6, 50)
+    scores[:, ::7], scores[:, 1::7] = math.nan, -math.nan
+    for dtype in (torch.float32, torch.float64):
+        leaf = scores.to(dtype).requires_grad_()
+        loss = ap_loss(
+            leaf,
+            torch.rand(6, 50) < 0.3,
+            lambd=1.0,
+            perturb=perturb,
+            check_nan=False,
+            solver='sort',
+        )
+        loss.sum().backward()
+        assert loss.shape == (6,)
+
+
+def test_one_of_several_losses_has_a_gradient():
+    scores = torch.randn(8, 3, requires_grad=True)
+    labels = torch.arange(8) % 4
+    rankings = [Ranking(1.0, True), Ranking(1.0, False)]
+    for solver in SOLVERS:
+        first, _ = detection_ap_loss(scores, labels, rankings, solver=solver)
+        (gradient,) = torch.autograd.grad(first[0].sum(), scores)
+        (alone,) = detection_ap_loss(scores, labels, rankings[:1], solver=solver)
+        (expected,) = torch.autograd.grad(alone[0].sum(), scores)
+        torch.testing.assert_close(gradient, expected)
 
 
 def test_compiled_modules_can_use_the_loss():
@@ -579,11 +712,19 @@ def test_bad_mask(function):
         (dict(lambd=-1.0), 'lambd'),
         (dict(lambd=1.0, margin=-0.1), 'margin must be a finite number >= 0'),
         (dict(lambd=1.0, margin=math.inf), 'margin'),
+        (dict(lambd=1.0, solver='guess'), "None, 'search' or 'sort', got 'guess'"),
     ],
 )
 def test_bad_settings(kwargs, match):
     with pytest.raises(ValueError, match=match):
         ap_loss(torch.ones(1, 3), torch.ones(1, 3), **kwargs)
+
+
+def test_more_sequences_than_keys_can_hold():
+    scores, labels = torch.ones(2, 1), torch.tensor([0, 1])
+    ranking = Ranking(1.0, False, torch.tensor([0, 1]), 2**29)
+    with pytest.raises(ValueError, match=r'sort.*536870912 sequences at once, got'):
+        detection_ap_loss(scores, labels, [ranking], solver='sort')
 
 
 def test_nan_check_can_be_switched_off():

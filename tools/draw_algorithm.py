@@ -36,6 +36,7 @@ SECOND = {'D': 1.75, 'E': -0.25}
 LAMBDS = (0.1, 5.0, 50.0)
 # How far positives move where each moves on its own.
 REACHES = (0.5, 1.0, inf)
+REACH = 1.0  # in the steps of the sort solver
 BLUE, ORANGE, GREY, INK = '#1f65ab', '#d4603a', '#9a9a9a', '#2b2b2b'
 
 
@@ -65,6 +66,29 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Sorted:
+    """An entry in the order of the sort solver, where positives move on their own.
+
+    Attributes:
+        index: Which entry it is.
+        rank: ``rk``.
+        among: The number of positives down to here; ``rk+`` at a positive.
+        now: ``rk - k`` of a positive that passes k negatives; 0 for negatives.
+        part: What each of them is blamed with, ``rk+ / ((rk - k) rk)``; else 0.
+        below: Sum of the parts below it.
+        still_below: The same after the positives have moved.
+    """
+
+    index: int
+    rank: int
+    among: int
+    now: int
+    part: float
+    below: float
+    still_below: float
+
+
+@dataclass(frozen=True)
 class Places:
     """Where negatives stand among positives.
 
@@ -81,11 +105,8 @@ class Places:
 
 def _ranks(scores: Sequence[float]) -> list[int]:
     """Rank by score, then negatives first, then index."""
-    order = sorted(range(len(scores)), key=lambda i: (-scores[i], TARGETS[i], i))
-    ranks = [0] * len(scores)
-    for place, i in enumerate(order, 1):
-        ranks[i] = place
-    return ranks
+    order = _order(scores)
+    return [order.index(i) + 1 for i in range(len(scores))]
 
 
 def compute(lambd: float = LAMBD) -> Example:
@@ -111,6 +132,38 @@ def compute(lambd: float = LAMBD) -> Example:
         new_ranks=_ranks(moved),
         gradient=scores.grad[0].tolist(),
     )
+
+
+def _order(scores: Sequence[float]) -> list[int]:
+    """Entries by score, then negatives first, then index."""
+    return sorted(range(len(scores)), key=lambda i: (-scores[i], TARGETS[i], i))
+
+
+def sort_steps(lambd: float) -> list[Sorted]:
+    """The entries in their order, with the running sums of the sort solver."""
+    order = _order(SCORES)
+    if lambd == inf:
+        after = sorted(order, key=lambda i: not TARGETS[i])
+    else:
+        after = _order([s + lambd * t for s, t in zip(SCORES, TARGETS)])
+    among, now, part = {}, {}, {}
+    for rank, i in enumerate(order, 1):
+        among[i] = sum(TARGETS[j] for j in order[:rank])
+        above = sum(not TARGETS[j] for j in after[: after.index(i)])
+        now[i] = among[i] + above if TARGETS[i] else 0
+        part[i] = among[i] / (now[i] * rank) if TARGETS[i] else 0.0
+    return [
+        Sorted(
+            index=i,
+            rank=rank,
+            among=among[i],
+            now=now[i],
+            part=part[i],
+            below=sum(part[j] for j in order[rank:]),
+            still_below=sum(part[j] for j in after[after.index(i) :]),
+        )
+        for rank, i in enumerate(order, 1)
+    ]
 
 
 def locate(scores: Sequence[float]) -> Places:
@@ -149,6 +202,23 @@ def entry_table() -> str:
         )
     head = ('entry', 'score y', 'rk', 'rk+', 'g', 'y + λ g', 'new rk', 'gradient')
     return markdown_table([head, *rows])
+
+
+def sort_table(lambd: float) -> str:
+    """Every entry in its order: the running sums and the gradient."""
+    gradient = gradient_singly(lambd, 'sort')
+    rows = []
+    for entry in sort_steps(lambd):
+        name, target = NAMES[entry.index], TARGETS[entry.index]
+        part, below = f'{entry.part:.4f}', f'{entry.below:.4f}'
+        row = [entry.rank, f'**{name}**' if target else name, entry.among]
+        row += [entry.now, part, ''] if target else ['', '', below]
+        if lambd < inf:
+            row.append('' if target else f'{entry.still_below:.4f}')
+        rows.append([*row, _signed(gradient[entry.index])])
+    head = ['rk', 'entry', 'positives so far', 'rk − k', 'part', 'parts below']
+    head += ['after the move'] * (lambd < inf)
+    return markdown_table([[*head, 'gradient'], *rows])
 
 
 def search_table() -> str:
@@ -259,11 +329,12 @@ def lambda_table() -> str:
     return markdown_table([head, *rows])
 
 
-def gradient_singly(lambd: float) -> list[float]:
+def gradient_singly(lambd: float, solver: str | None = None) -> list[float]:
     """The gradient where each positive is moved on its own, by λ."""
     scores = torch.tensor([SCORES], dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([TARGETS])
-    ap_loss(scores, targets, lambd=lambd, perturb='singly').sum().backward()
+    loss = ap_loss(scores, targets, lambd=lambd, perturb='singly', solver=solver)
+    loss.sum().backward()
     return scores.grad[0].tolist()
 
 
@@ -282,6 +353,8 @@ def blocks() -> list[str]:
     return [
         average_precision_text(),
         entry_table(),
+        sort_table(inf),
+        sort_table(REACH),
         search_table(),
         gap_table(),
         sequence_text(),

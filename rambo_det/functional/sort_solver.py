@@ -9,7 +9,7 @@ waits for the device. ``docs/algorithm.md`` shows all this with an example.
 Order everywhere: score descending, then negatives before positives, then index.
 """
 
-from typing import Any, List, Optional, Sequence, Tuple, Union
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -28,17 +28,25 @@ MOST_SEQUENCES = 1 << 29
 ONE_BITS = 58
 
 
-class _Sorted:
-    """Entries in the order of their keys: M entries, S sequences.
+def _running_sums(values: Tensor) -> Tensor:
+    """Sums of the first 0, 1, 2, … integers (M,), as (M + 1,).
 
-    The codes of entries are their keys with a score of 0.
+    They may wrap around; their differences are right all the same.
+    """
+    return pad(values.cumsum(0), (1, 0))
+
+
+class _Order:
+    """M entries in S sequences, in the order of their keys.
+
+    The code of an entry is its key with a score of 0.
     """
 
     def __init__(self, keys: Tensor, codes: Tensor, num_sequences: int) -> None:
-        keys, self.order = torch.sort(keys, stable=True)
-        self.codes = codes[self.order]
-        self.positive = self.codes & 1  # (M,)
-        self.sequence = self.codes // SEQUENCE  # (M,)
+        keys, self.entry = torch.sort(keys, stable=True)  # (M,) each place's entry
+        self.codes = codes[self.entry]
+        self.positive = self.codes & 1
+        self.sequence = self.codes // SEQUENCE
         end = num_sequences * SEQUENCE
         bounds = torch.arange(-HALF, end, SEQUENCE, device=keys.device)
         edges = torch.searchsorted(keys, bounds)
@@ -50,11 +58,6 @@ class _Sorted:
         places = torch.arange(1, len(keys) + 1, device=keys.device)
         self.rank = places - self.starts[self.sequence]  # (M,)
 
-    def total(self, values: Tensor) -> Tensor:
-        """Sums of integers (M,) over each sequence, (S,)."""
-        sums = _running_sums(values)
-        return sums[self.ends] - sums[self.starts]
-
     def below(self, values: Tensor) -> Tensor:
         """Sums of integers (M,) below each entry in its sequence, (M,)."""
         sums = _running_sums(values)
@@ -62,10 +65,10 @@ class _Sorted:
 
     def restore(self, values: Tensor) -> Tensor:
         """Put values (M,) back in the order before sorting."""
-        return torch.empty_like(values).scatter_(0, self.order, values)
+        return torch.empty_like(values).scatter_(0, self.entry, values)
 
 
-class _Entries:
+class _Solver:
     """The entries of all rankings, one ranking after the other, and their order."""
 
     def __init__(
@@ -75,27 +78,29 @@ class _Entries:
         exists: Optional[Tensor],
         rankings: Sequence[Ranking],
     ) -> None:
-        columns = scores.size(1)
-        sizes = [r.num_groups * (columns if r.per_class else 1) for r in rankings]
-        none = sum(sizes)  # the sequence of entries that are in none
-        if none >= MOST_SEQUENCES:
-            raise ValueError(
-                f'the sort solver ranks fewer than {MOST_SEQUENCES} sequences at once, '
-                f'got {none}'
-            )
         missing = None if exists is None else ~exists
-        parts = []
-        for number, ranking in enumerate(rankings):
+        widths = [scores.size(1) if r.per_class else 1 for r in rankings]
+        sizes = [r.num_groups * width for r, width in zip(rankings, widths)]
+        # Entries that do not exist have a sequence of their own, the last.
+        self.sizes, last = [*sizes, 1], sum(sizes)
+        if last >= MOST_SEQUENCES:
+            raise ValueError(
+                f"solver='sort' ranks fewer than {MOST_SEQUENCES} sequences at once, "
+                f'got {last}'
+            )
+        codes = []
+        for number, (ranking, width) in enumerate(zip(rankings, widths)):
             first = sum(sizes[:number])
-            sequence = _sequences(ranking, columns, first, scores.device)
-            part = torch.add(_rows(positive, ranking), sequence, alpha=SEQUENCE)
+            sequence = torch.arange(first, first + width, device=scores.device)
+            if ranking.groups is not None:
+                sequence = torch.add(sequence, ranking.groups[:, None], alpha=width)
+            code = torch.add(_rows(positive, ranking), sequence, alpha=SEQUENCE)
             if missing is not None:
-                part.masked_fill_(_rows(missing, ranking), none * SEQUENCE)
-            parts.append(part)
-        self.sizes = [*sizes, 1]
-        self.rows = [len(part) for part in parts]
+                code.masked_fill_(_rows(missing, ranking), last * SEQUENCE)
+            codes.append(code)
+        self.rows = [len(code) for code in codes]
         self.lambds = [representable(r.lambd, scores.dtype) for r in rankings]
-        self.codes = torch.cat(parts).view(-1)
+        self.codes = torch.cat(codes).view(-1)
         self.scores = torch.cat([_rows(scores, r) for r in rankings]).view(-1)
         self.order = self.sort(self.scores, self.codes)
         # (M,) 1 / rk of positives, and (S,) the number of positives or 1
@@ -104,28 +109,28 @@ class _Entries:
 
     def sort(
         self, scores: Tensor, codes: Tensor, at_top: Optional[Tensor] = None
-    ) -> _Sorted:
+    ) -> _Order:
         """Sort entries by their scores, those at the top above all others."""
         keys = torch.add(codes, _falling(scores), alpha=2)
         if at_top is not None:
             keys = torch.where(at_top, codes - HALF, keys)
-        return _Sorted(keys, codes, sum(self.sizes))
+        return _Order(keys, codes, sum(self.sizes))
 
-    def spread(self, lambds: Sequence[float]) -> Union[float, Tensor]:
-        """Give each sequence the λ of its ranking, (S,); a number if there is one."""
-        if len(set(lambds)) == 1:
-            return lambds[0]
-        pairs = zip(self.sizes, [*lambds, 1.0])
+    def lambd(self) -> Tensor:
+        """λ of each sequence, (S,)."""
+        pairs = zip(self.sizes, [*self.lambds, 1.0])
         return torch.cat([self.scores.new_full((n,), lambd) for n, lambd in pairs])
 
-    def losses(self) -> Tensor:
-        """``1 - AP`` of each sequence, (S,); 0 without positives."""
-        order = self.order
-        # Precisions, the sum of which must stay below 2^63.
+    def mean(self, numerators: Tensor) -> Tensor:
+        """Mean of ``numerator / rk`` over the positives of each sequence, (S,).
+
+        The numerators (M,) are at most ``rk``. Without positives it is 0.
+        """
+        # The sum of numbers up to 1 must stay below 2^63.
         bits = min(ONE_BITS, 63 - len(self.codes).bit_length())
-        precisions = self.share * order.among >> (ONE_BITS - bits)
-        lost = (order.counts << bits) - order.total(precisions)
-        return lost / self.divisor * 2.0**-bits
+        sums = _running_sums(self.share * numerators >> (ONE_BITS - bits))
+        total = sums[self.order.ends] - sums[self.order.starts]
+        return total / self.divisor * 2.0**-bits
 
     def move_together(self) -> Tensor:
         """Algorithm 1 on the ranking of a sequence: all positives move at once.
@@ -136,15 +141,14 @@ class _Entries:
         # lambd * dL / d(rank / n), as n * rk+ / (P * rk^2). In floating point: the
         # product in the denominator can exceed int64.
         order, dtype = self.order, self.scores.dtype
-        step = (order.ends - order.starts).to(dtype) * self.spread(self.lambds)
-        step = step[order.sequence]
+        step = ((order.ends - order.starts).to(dtype) * self.lambd())[order.sequence]
         rank = order.rank.to(dtype)
         rise = step * order.among / (self.divisor[order.sequence] * rank * rank)
         rise.clamp_(max=torch.finfo(dtype).max)  # -inf + inf has no rank
         positive = (self.codes & 1).bool()
         moved = torch.where(positive, self.scores + order.restore(rise), self.scores)
         after = self.sort(moved, self.codes)
-        return (after.restore(after.rank)[order.order] - order.rank) / step
+        return (after.restore(after.rank)[order.entry] - order.rank) / step
 
     def move_singly(self) -> Tensor:
         """Algorithm 1 on the rank of each positive among the negatives, on its own."""
@@ -153,34 +157,17 @@ class _Entries:
         # At the top, a positive has only positives above it, the same as before.
         now, after = order.among, None
         if min(self.lambds) < float('inf'):
-            after = self._moved_singly(positive)
+            scores, lambd = self.scores[order.entry], self.lambd()[order.sequence]
+            moved = torch.where(positive, scores + lambd, scores)
+            after = self.sort(moved, order.codes, positive & lambd.isinf())
             now = now + after.restore(after.rank - after.among)
             part = part * order.among // now.clamp(min=1)
         # Each negative that a positive has passed bears an equal part of its gain.
         blame = order.below(part)
         if after is not None:
-            blame -= after.restore(after.below(part[after.order]))
+            blame -= after.restore(after.below(part[after.entry]))
         gradient = torch.where(positive, part * (now - order.rank), blame)
         return gradient / (self.divisor * 2.0**ONE_BITS)[order.sequence]
-
-    def _moved_singly(self, positive: Tensor) -> _Sorted:
-        """Sort once more, with all positives moved."""
-        scores, at_top = self.scores[self.order.order], None
-        lambd = self.spread(self.lambds)
-        if isinstance(lambd, Tensor):
-            lambd = lambd[self.order.sequence]
-            if max(self.lambds) == float('inf'):
-                at_top = positive & lambd.isinf()
-        moved = torch.where(positive, scores + lambd, scores)
-        return self.sort(moved, self.order.codes, at_top)
-
-
-def _running_sums(values: Tensor) -> Tensor:
-    """Sums of the first 0, 1, 2, … integers (M,), as (M + 1,).
-
-    They may wrap around; their differences are right all the same.
-    """
-    return pad(values.cumsum(0), (1, 0))
 
 
 def _falling(scores: Tensor) -> Tensor:
@@ -204,36 +191,18 @@ def _rows(values: Tensor, ranking: Ranking) -> Tensor:
     return values.narrow(0, ranking.first_row, count)
 
 
-def _sequences(
-    ranking: Ranking, columns: int, first: int, device: torch.device
-) -> Union[int, Tensor]:
-    """The sequences of a ranking's entries, to be broadcast, numbered from first."""
-    groups = None if ranking.groups is None else ranking.groups.unsqueeze(1)
-    if not ranking.per_class:
-        return first if groups is None else groups + first
-    own = torch.arange(first, first + columns, device=device)
-    return own if groups is None else torch.add(own, groups, alpha=columns)
-
-
 class _SortAPLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        scores: Tensor,
-        positive: Tensor,
-        exists: Optional[Tensor],
-        rankings: Sequence[Ranking],
-        together: bool,
-    ) -> Tuple[Tensor, ...]:
-        entries = _Entries(scores, positive, exists, rankings)
+    def forward(ctx: Any, scores: Tensor, together: bool, *given: Any) -> Any:
+        solver = _Solver(scores, *given)
+        order = solver.order
         if ctx.needs_input_grad[0]:
-            move = entries.move_together if together else entries.move_singly
-            gradient = entries.order.restore(move())
-            gradient = gradient.view(sum(entries.rows), scores.size(1))
-            ctx.save_for_backward(*gradient.split(entries.rows))
-        ctx.shape, ctx.rankings = scores.shape, rankings
-        losses = entries.losses().split(entries.sizes)[:-1]
-        present = (entries.order.counts > 0).split(entries.sizes)[:-1]
+            move = solver.move_together if together else solver.move_singly
+            gradient = order.restore(move()).view(sum(solver.rows), scores.size(1))
+            ctx.save_for_backward(*gradient.split(solver.rows))
+        ctx.shape, ctx.rankings = scores.shape, given[-1]
+        losses = solver.mean(order.rank - order.among).split(solver.sizes)[:-1]
+        present = (order.counts > 0).split(solver.sizes)[:-1]
         ctx.mark_non_differentiable(*present)
         ctx.set_materialize_grads(False)
         return (*losses, *present)
@@ -243,12 +212,11 @@ class _SortAPLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
         result = ctx.saved_tensors[0].new_zeros(ctx.shape)
         for ranking, grad, gradient in zip(ctx.rankings, grads, ctx.saved_tensors):
-            if grad is None:
-                continue
-            if ranking.groups is not None:
-                columns = ctx.shape[1] if ranking.per_class else 1
-                grad = grad.view(-1, columns)[ranking.groups]
-            _rows(result, ranking).addcmul_(gradient, grad)
+            if grad is not None:
+                if ranking.groups is not None:
+                    width = ctx.shape[1] if ranking.per_class else 1
+                    grad = grad.view(-1, width)[ranking.groups]
+                _rows(result, ranking).addcmul_(gradient, grad)
         return result, None, None, None, None
 
 
@@ -266,15 +234,15 @@ def sort_ap_loss(
     ``together`` all positives of a sequence are perturbed at once. Returns for each
     ranking the losses (S,), and (S,) True where there is a positive.
     """
-    results = _SortAPLoss.apply(scores, positive, exists, rankings, together)
-    half = len(rankings)
-    return list(zip(results[:half], results[half:]))
+    results = _SortAPLoss.apply(scores, together, positive, exists, rankings)
+    return list(zip(results, results[len(rankings) :]))
 
 
 def sort_average_precision(
     scores: Tensor, positive: Tensor, exists: Optional[Tensor], ranking: Ranking
 ) -> Tensor:
     """Exact AP of each sequence of a ranking, (S,); NaN without positives."""
-    entries = _Entries(scores.detach(), positive, exists, [ranking])
-    loss = entries.losses().masked_fill(entries.order.counts == 0, float('nan'))
-    return (1 - loss).split(entries.sizes)[0]
+    solver = _Solver(scores.detach(), positive, exists, [ranking])
+    precision = solver.mean(solver.order.among)
+    precision.masked_fill_(solver.order.counts == 0, float('nan'))
+    return precision.split(solver.sizes)[0]

@@ -42,6 +42,7 @@ class Recorder:
     def __init__(self, loss: RaMBOLoss) -> None:
         self._loss = loss
         self.calls: List[Call] = []
+        self._zero: Optional[Tensor] = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loss, name)
@@ -49,7 +50,9 @@ class Recorder:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Keep a call; return a zero that is connected to the graph."""
         self.calls.append(Call(*args, **kwargs))
-        return self.calls[-1].pred[:0].sum()
+        if self._zero is None:
+            self._zero = self.calls[-1].pred[:0].sum()
+        return self._zero
 
     def get_accuracy(self, *_: Any) -> Dict[str, Tensor]:
         """Report nothing: nothing was ranked."""
@@ -245,5 +248,5 @@ def object_labels(args: Iterable[Any]) -> Optional[Tensor]:
 
 def image_major(num_images: int, rows_per_image: int, device: torch.device) -> Tensor:
     """Return the image of each row where the rows of an image follow each other."""
-    index = torch.arange(num_images, device=device)
-    return index.repeat_interleave(rows_per_image)
+    rows = torch.arange(num_images * rows_per_image, device=device)
+    return rows.div_(rows_per_image, rounding_mode='floor')

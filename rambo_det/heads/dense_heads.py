@@ -70,8 +70,9 @@ class RaMBODenseHeadMixin(RaMBOHeadMixin):
         if losses is None:  # no anchor is in an image, at which mmdet stops
             return None
         index = self._images_of_rows(cls_scores, sum(len(c.pred) for c in calls))
-        logits = cls_scores[0][:0].reshape(-1, self.cls_out_channels)  # copies nothing
-        ranked = self.rank_calls(calls, logits, index, len(cls_scores[0]), objects)
+        some = cls_scores[0]
+        logits = some[:0].reshape(-1, self.cls_out_channels) if not calls else some
+        ranked = self.rank_calls(calls, logits, index, len(some), objects)
         losses[f'loss_{self.prefix}cls'] = ranked.pop('loss_cls')
         losses.update({self.prefix + name: value for name, value in ranked.items()})
         return losses

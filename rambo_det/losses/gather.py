@@ -64,7 +64,7 @@ class Exchange:
 
 def _all_headers(numbers: Tensor, failed: bool, rows: int) -> List[List[int]]:
     """Return for each process whether it failed, how many rows it has, its numbers."""
-    header = torch.cat([numbers.new_tensor([failed, rows]), numbers])
+    header = torch.cat([numbers.new_full((1,), x) for x in (failed, rows)] + [numbers])
     return torch.stack(list(all_gather(header))).tolist()
 
 
@@ -149,7 +149,7 @@ def gather_step(
     """
     seed = int(torch.randint(2**62, ())) if noise else 0
     counts = [_count_present(labels, ranking, scores.size(1)) for ranking in rankings]
-    numbers = torch.stack([labels.new_tensor(seed), *counts])
+    numbers = torch.stack([labels.new_full((), seed), *counts])
     kept = None
     columns: List[Tensor] = []
     if any(ranking.groups is None for ranking in rankings):
