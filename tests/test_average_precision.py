@@ -21,7 +21,7 @@ from rambo_det.functional import (
 )
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-SOLVERS = ['search', 'sort']
+SOLVERS = ['table', 'sort']
 
 score = st.one_of(
     st.integers(-3, 3).map(float),
@@ -712,7 +712,7 @@ def test_bad_mask(function):
         (dict(lambd=-1.0), 'lambd'),
         (dict(lambd=1.0, margin=-0.1), 'margin must be a finite number >= 0'),
         (dict(lambd=1.0, margin=math.inf), 'margin'),
-        (dict(lambd=1.0, solver='guess'), "None, 'search' or 'sort', got 'guess'"),
+        (dict(lambd=1.0, solver='guess'), "None, 'table' or 'sort', got 'guess'"),
     ],
 )
 def test_bad_settings(kwargs, match):

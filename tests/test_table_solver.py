@@ -195,5 +195,5 @@ def test_tables_are_used_where_they_suit(rankings, by_tables):
 
 
 def test_an_unknown_solver_is_refused():
-    with pytest.raises(ValueError, match="'table' or 'sort', got 'search'"):
-        solve(*draw(3, 2, 1), [Ranking(1.0, True)], solver='search')
+    with pytest.raises(ValueError, match="'table' or 'sort', got 'guess'"):
+        solve(*draw(3, 2, 1), [Ranking(1.0, True)], solver='guess')
