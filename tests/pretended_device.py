@@ -6,25 +6,20 @@ used that not every device has. An operation on tensors of both the device and t
 is an error, as it is there. It says nothing about time.
 
 The device cannot be removed from a process: import this only in one of its own. It uses
-PyTorch's Python back end, which not every version has (see ``MISSING``).
+PyTorch's Python back end, which not every version has.
 """
 
 import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-SETUP = '_setup_privateuseone_for_python_backend'
-MISSING = (
-    None
-    if hasattr(backend_registration, SETUP)
-    else f'PyTorch {torch.__version__} has no Python back end to pretend a device with'
-)
 NAME = 'pretended'
 # The results have sizes or values that the host has to know.
 WAITING = {
@@ -131,11 +126,12 @@ def _note(kind, what):
     package, usage = _watching[-1]
     frame = sys._getframe(1)
     while frame is not None:
-        parts = frame.f_code.co_filename.replace('\\', '/').split('/')
-        if package in parts[:-1]:
-            place = f'{parts[-1]}:{frame.f_lineno}'
+        file = Path(frame.f_code.co_filename)
+        module = frame.f_globals.get('__name__', '').partition('.')[0]
+        if module == package:
+            place = f'{file.name}:{frame.f_lineno}'
             break
-        if 'site-packages' in parts and 'torch' not in parts:
+        if 'site-packages' in file.parts and module != 'torch':
             return
         frame = frame.f_back
     else:
@@ -189,5 +185,5 @@ def _look(name, func, args, kwargs, tensors, ours, here):
         _note('refused', str(func))
 
 
-getattr(backend_registration, SETUP)(NAME)
+backend_registration._setup_privateuseone_for_python_backend(NAME)
 _Factories().__enter__()
