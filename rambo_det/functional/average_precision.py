@@ -333,13 +333,13 @@ def detection_ap_loss(
     if _by_tables(scores, positives, rankings, solver, past):
         shift, index = Shift(margin, margin_noise, generator), positives.index
         return table_ap_loss(scores, index, exists, rankings, shift, together, past)
-    positive = positives.mask
-    scores = apply_margin(scores, positive, margin, margin_noise, generator)
+    if margin:
+        scores = apply_margin(scores, positives.mask, margin, margin_noise, generator)
     if past:
         scores = torch.cat([scores, *(of.scores for of in past)])
         labels = torch.cat([labels, *(of.labels for of in past)])
-        positive, exists = _Positives(scores, labels).mask, (labels >= 0).unsqueeze(1)
-    return sort_ap_loss(scores, positive, exists, rankings, together)
+        positives, exists = _Positives(scores, labels), (labels >= 0).unsqueeze(1)
+    return sort_ap_loss(scores, positives.mask, exists, rankings, together)
 
 
 def with_margin(
