@@ -1,0 +1,350 @@
+"""Train detectors to convergence; every run is a row of one file.
+
+    python tools/converged.py CONFIG.py --seeds 0 1 2
+    python tools/converged.py CONFIG.py --loss ce-w4 --split tuning --cfg-options K=V
+    python tools/converged.py --table-only --update docs/results.md
+    python tools/converged.py --add OTHER.json
+
+A run is trained in one thread, tested, and its row put into ``--out``. Runs that have
+a row are skipped and those that were interrupted go on bit for bit, so the same
+command, also with more seeds, continues. ``--split tuning`` trains on the first 1,600
+images of the training split and tests on its last 400, to choose settings by.
+``--loss`` names a variant that ``--cfg-options`` make of the config. Exit status 1: a
+run failed.
+
+A row: ``data``, ``detector``, ``loss`` and ``seed`` name it. In percent, of the test
+split: ``AP50`` (VOC's, area), ``AP`` (COCO's), ``AP75`` (COCO's at IoU 0.75),
+``best_f1``, the best F1 at IoU 0.5 of the pooled detections of all classes with one
+threshold, ``f1_at_half``, F1 of those that score 0.5 or more, ``class_AP50`` and
+``class_AP``. ``best_threshold``: the score from which on F1 is best. ``curve``: the
+mean losses of each epoch and AP50 where it was evaluated. ``seconds``: of the training,
+with its validations, also while it was halted; ``step_seconds``: the median step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Iterable, Sequence
+
+import compare
+import compare_report
+import numpy as np
+from atomic_file import atomic_file
+from compare_configs import Candidate, check, load, parse_options
+from compare_jobs import Pool, Stopped
+from markdown_table import markdown_table, split_page, update_page
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / 'docs' / 'results' / 'converged.json'
+MARKS = compare_report.marks('converged')
+_TRAINVAL = 'VOC2007/ImageSets/Main/trainval.txt'
+SPLITS = dict(
+    test=[],
+    tuning=[
+        'train_dataloader.dataset.indices=1600',
+        *(
+            f'{name}_dataloader.dataset.{option}'
+            for name in ('val', 'test')
+            for option in (f'ann_file={_TRAINVAL}', 'indices=-400')
+        ),
+    ],
+)
+KEY = ('data', 'detector', 'loss', 'seed')
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Variant(Candidate):
+    """A config under another name, which tells its run from those of the config."""
+
+    name: str
+
+    @property
+    def stem(self) -> str:
+        return self.name
+
+
+def names(stem: str) -> dict[str, str]:
+    """Read data, detector and loss from the name of a config or variant.
+
+    Raises:
+        ValueError: If the name has other parts.
+    """
+    parts = stem.split('_')
+    if len(parts) != 6:
+        raise ValueError(
+            'a config must be named DETECTOR_BACKBONE_NECK_LOSS_SCHEDULE_DATA.py, as '
+            f'those in configs/voc_subset, got {stem!r}'
+        )
+    detector, _, neck, loss, _, data = parts
+    if neck.endswith('-tiny'):
+        detector += '-tiny'
+    return dict(data=data, detector=detector, loss=loss)
+
+
+def variant_stem(stem: str, loss: str | None, split: str) -> str:
+    """Return the name of a config's run with another loss or split."""
+    names(stem)
+    parts = stem.split('_')
+    parts[3] = loss or parts[3]
+    if split != 'test':
+        parts[5] += f'-{split}'
+    return '_'.join(parts)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read the rows of a file; none if there is no file."""
+    return compare_report.read_json(path)['runs'] if path.is_file() else []
+
+
+def add_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Put rows in the places of those with the same names, at once or not at all.
+
+    Other processes may do the same at the same time.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / f'.{path.name}.lock').open('w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = {tuple(row[key] for key in KEY): row for row in read_rows(path)}
+        found.update({tuple(row[key] for key in KEY): row for row in rows})
+        lines = [f'  {json.dumps(found[key])}' for key in sorted(found)]
+        with atomic_file(path) as draft:
+            text = '{"runs": [\n' + ',\n'.join(lines) + '\n]}\n'
+            draft.write_text(text, encoding='utf-8')
+
+
+def step_seconds(folder: Path) -> float | None:
+    """Return the median time of a step that the training's logs tell."""
+    found = []
+    for path in folder.glob('2*/vis_data/scalars.json'):
+        for line in path.read_text().splitlines():
+            if '"loss"' in line and line.endswith('}'):
+                found.append(json.loads(line)['time'])
+    return round(median(found), 4) if found else None
+
+
+def _percent(value: float | None, digits: int = 3) -> float | None:
+    return None if value is None else round(100 * value, digits)
+
+
+def make_row(record: Row, config: str, split: str, folder: Path) -> Row:
+    """Make the row of a run of the record that tools/compare.py wrote."""
+    curve = [dict(point) for point in record['curve']]
+    for point in curve:
+        if 'val_ap50' in point:
+            point['AP50'] = _percent(point.pop('val_ap50'))
+    by_class = {
+        key: {n: _percent(v, 2) for n, v in record[key.lower()].items()}
+        for key in ('class_AP50', 'class_AP')
+    }
+    return dict(
+        **names(record['config']),
+        seed=record['seed'],
+        **{key: _percent(record[key.lower()]) for key in ('AP50', 'AP', 'AP75')},
+        best_f1=_percent(record['best_f1']),
+        best_threshold=round(record['best_threshold'], 4),
+        f1_at_half=_percent(record['f1_at_half']),
+        config=config,
+        split=split,
+        options=record['options'],
+        images=record['images'],
+        seconds=record['train_seconds'],
+        step_seconds=step_seconds(folder),
+        **{key: record[key] for key in ('threads', 'sessions', 'date', 'versions')},
+        config_sha=record['config_sha'],
+        **by_class,
+        curve=curve,
+    )
+
+
+def make_plans(args: argparse.Namespace) -> list[compare.Plan]:
+    """Return the runs that have no row yet.
+
+    Raises:
+        ValueError: If something is wrong with the arguments or in the way.
+    """
+    options = [*SPLITS[args.split], *args.cfg_options]
+    config = load(args.config, parse_options(options))
+    name = variant_stem(config.stem, args.loss, args.split)
+    candidate = Variant(config.path, config.cfg, config.resolved, name)
+    check([candidate])
+    rows = {tuple(row[key] for key in KEY): row for row in read_rows(args.out)}
+    plans = []
+    for seed in args.seeds:
+        row = rows.get((*names(name).values(), seed))
+        if row and row['config_sha'] != candidate.sha:
+            raise ValueError(
+                f'{args.out} has a row of {name} seed {seed} of another config '
+                f'(SHA-256 {row["config_sha"][:8]}, now {candidate.sha[:8]}); name '
+                'this one with --loss, or delete the row'
+            )
+        if row:
+            print(f'{name} seed {seed}: done before, AP50 {row["AP50"]:.1f}')
+            continue
+        folder = (args.work_dir / name / f'seed_{seed}').resolve()
+        plan = compare.Plan(
+            candidate=candidate,
+            seed=seed,
+            folder=folder,
+            out=folder,
+            options=options,
+            versions=compare.versions(),
+            threads=1,
+        )
+        if plan.refusal():
+            raise ValueError(plan.refusal())
+        plans.append(plan)
+    return plans
+
+
+def run(plans: Sequence[compare.Plan], args: argparse.Namespace) -> int:
+    """Make the runs and put their rows into the file; return how many failed."""
+    path = args.config.resolve()
+    config = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name)
+    failures = []
+    for plan in plans:
+        if not plan.is_done:
+            failures += Pool(1, plan.threads).run([plan.job()])
+        if plan.is_done:
+            record = compare_report.read_json(plan.record_path)
+            add_rows(args.out, [make_row(record, config, args.split, plan.folder)])
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return len(failures)
+
+
+def interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Return Student's interval of the mean of paired differences."""
+    from scipy.stats import t
+
+    count = len(differences)
+    deviation = np.std(differences, ddof=1) / np.sqrt(count)
+    half = float(t.ppf((1 + level) / 2, count - 1) * deviation)
+    return float(np.mean(differences)) - half, float(np.mean(differences)) + half
+
+
+def _mean(values: Sequence[float], form: str = '.1f') -> str:
+    text = f'{np.mean(values):{form}}'
+    return f'{text} ± {np.std(values, ddof=1):{form}}' if len(values) > 1 else text
+
+
+def _difference(rows: Sequence[Row], base: Sequence[Row], key: str) -> str:
+    """Lay out the mean of the paired differences, and its interval."""
+    values = [a[key] - b[key] for a, b in zip(rows, base)]
+    text = f'{np.mean(values):+.1f}'
+    if len(values) > 1:
+        text += ' [{:+.1f}, {:+.1f}]'.format(*interval(values))
+    return text
+
+
+def _table(by_loss: dict[str, list[Row]], baseline: str) -> str:
+    columns = ['AP50', 'AP', 'AP75']
+    head = [*columns, 'best F1', 'at score', 'F1 at 0.5', 'Δ AP50', 'Δ AP']
+    epochs = sorted(
+        {
+            p['epoch']
+            for rows in by_loss.values()
+            for p in rows[0]['curve']
+            if 'AP50' in p
+        }
+    )
+    lines = [['loss', *head, *(f'AP50, epoch {epoch}' for epoch in epochs)]]
+    for loss, rows in by_loss.items():
+        cells = [_mean([r[key] for r in rows]) for key in (*columns, 'best_f1')]
+        cells.append(_mean([r['best_threshold'] for r in rows], '.2f'))
+        cells.append(_mean([r['f1_at_half'] for r in rows]))
+        base = by_loss.get(baseline)
+        paired = base is not None and loss != baseline
+        cells += [_difference(rows, base, k) if paired else '' for k in ('AP50', 'AP')]
+        curves = [{p['epoch']: p.get('AP50') for p in r['curve']} for r in rows]
+        for epoch in epochs:
+            values = [c[epoch] for c in curves if c.get(epoch) is not None]
+            cells.append(f'{np.mean(values):.1f}' if len(values) == len(rows) else '')
+        lines.append([loss, *cells])
+    return markdown_table(lines)
+
+
+def tables(rows: Sequence[Row], baseline: str = 'ce') -> str:
+    """Return a Markdown table for each detector, data set and set of seeds.
+
+    A table holds the losses with just these seeds, and the baseline's runs of them.
+    """
+    groups: dict[tuple[str, str], dict[str, dict[int, Row]]] = {}
+    for row in rows:
+        group = groups.setdefault((row['data'], row['detector']), {})
+        group.setdefault(row['loss'], {})[row['seed']] = row
+    texts = []
+    for (data, detector), by_loss in sorted(groups.items()):
+        for seeds in sorted({tuple(sorted(r)) for r in by_loss.values()}, reverse=True):
+            chosen = {
+                loss: [found[seed] for seed in seeds]
+                for loss, found in sorted(
+                    by_loss.items(), key=lambda x: x[0] != baseline
+                )
+                if tuple(sorted(found)) == seeds
+                or (loss == baseline and set(seeds) <= set(found))
+            }
+            images = next(iter(chosen.values()))[0]['images']
+            title = f'**{data}, {detector}**, {images} images, seed'
+            title += 's ' * (len(seeds) > 1) + ' ' * (len(seeds) == 1)
+            texts.append(f'{title}{", ".join(map(str, seeds))}:')
+            texts.append(_table(chosen, baseline))
+    return '\n\n'.join(texts)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', nargs='?', type=Path, metavar='CONFIG')
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0])
+    parser.add_argument('--loss', help="the variant's name (default: the config's)")
+    parser.add_argument('--split', choices=SPLITS, default='test')
+    parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE')
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/converged'))
+    parser.add_argument('--out', type=Path, default=OUT, help='the file of the rows')
+    parser.add_argument('--table-only', action='store_true', help='train nothing')
+    parser.add_argument('--baseline', default='ce', help='loss of the first row')
+    parser.add_argument(
+        '--add', type=Path, nargs='+', default=[], help='take over the rows of a file'
+    )
+    parser.add_argument('--update', type=Path, metavar='PAGE.md')
+    args = parser.parse_args(argv)
+    if bool(args.config) == bool(args.table_only or args.add):
+        parser.error('expected either CONFIG to train, or --table-only or --add')
+    if args.loss and '_' in args.loss:
+        parser.error(f'--loss must be without underscores, got {args.loss!r}')
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    args = parse(argv)
+    failed = 0
+    try:
+        if args.update:  # not only after hours of training
+            split_page(args.update, *MARKS)
+        if args.add:
+            add_rows(args.out, [row for path in args.add for row in read_rows(path)])
+        if args.config:
+            failed = run(make_plans(args), args)
+        text = tables(read_rows(args.out), args.baseline)
+        print(f'\n{text}')
+        if args.update:
+            update_page(args.update, *MARKS, text)
+    except ValueError as error:
+        sys.exit(f'converged: {error}')
+    except Stopped as stopped:
+        sys.exit(128 + stopped.args[0])
+    if failed:
+        sys.exit(f'converged: {failed} runs failed, see above')
+
+
+if __name__ == '__main__':
+    main()
