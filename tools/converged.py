@@ -27,7 +27,7 @@ import argparse
 import fcntl
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Iterable, Sequence
@@ -36,13 +36,14 @@ import compare
 import compare_report
 import numpy as np
 from atomic_file import atomic_file
-from compare_configs import Candidate, check, load, parse_options
-from compare_jobs import Pool, Stopped
+from compare_configs import check, load, parse_options
+from compare_jobs import Stopped
 from markdown_table import markdown_table, split_page, update_page
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / 'docs' / 'results' / 'converged.json'
 MARKS = compare_report.marks('converged')
+BASELINE = 'ce'
 _TRAINVAL = 'VOC2007/ImageSets/Main/trainval.txt'
 SPLITS = dict(
     test=[],
@@ -55,26 +56,26 @@ SPLITS = dict(
         ),
     ],
 )
+NOTE = (
+    'In percent; mean ± standard deviation over seeds. AP50 is that of VOC (area), AP '
+    'and AP75 are those of COCO, F1 is that of the pooled detections of all classes. '
+    f"Δ: the mean difference to `{BASELINE}` with the same seeds, with Student's "
+    '95 % interval over the seeds. On the right AP50 on the way there.'
+)
 KEY = ('data', 'detector', 'loss', 'seed')
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Variant(Candidate):
-    """A config under another name, which tells its run from those of the config."""
+def names(stem: str, loss: str | None = None, split: str = 'test') -> dict[str, str]:
+    """Read data, detector and loss of a run from the name of its config.
 
-    name: str
-
-    @property
-    def stem(self) -> str:
-        return self.name
-
-
-def names(stem: str) -> dict[str, str]:
-    """Read data, detector and loss from the name of a config or variant.
+    Args:
+        stem: The name.
+        loss: The loss, if not that of the name.
+        split: What it is tested on; data that are split otherwise are called so.
 
     Raises:
-        ValueError: If the name has other parts.
+        ValueError: If the name is not laid out as those of configs/voc_subset.
     """
     parts = stem.split('_')
     if len(parts) != 6:
@@ -82,20 +83,12 @@ def names(stem: str) -> dict[str, str]:
             'a config must be named DETECTOR_BACKBONE_NECK_LOSS_SCHEDULE_DATA.py, as '
             f'those in configs/voc_subset, got {stem!r}'
         )
-    detector, _, neck, loss, _, data = parts
-    if neck.endswith('-tiny'):
-        detector += '-tiny'
-    return dict(data=data, detector=detector, loss=loss)
-
-
-def variant_stem(stem: str, loss: str | None, split: str) -> str:
-    """Return the name of a config's run with another loss or split."""
-    names(stem)
-    parts = stem.split('_')
-    parts[3] = loss or parts[3]
-    if split != 'test':
-        parts[5] += f'-{split}'
-    return '_'.join(parts)
+    detector, _, neck, own, _, data = parts
+    return dict(
+        data=data if split == 'test' else f'{data}-{split}',
+        detector=f'{detector}-tiny' if neck.endswith('-tiny') else detector,
+        loss=loss or own,
+    )
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -133,8 +126,10 @@ def _percent(value: float | None, digits: int = 3) -> float | None:
     return None if value is None else round(100 * value, digits)
 
 
-def make_row(record: Row, config: str, split: str, folder: Path) -> Row:
-    """Make the row of a run of the record that tools/compare.py wrote."""
+def make_row(plan: compare.Plan, named: dict[str, str], split: str) -> Row:
+    """Make the row of a run from the record that tools/compare.py has written."""
+    record = compare_report.read_json(plan.record_path)
+    path = plan.candidate.path.resolve()
     curve = [dict(point) for point in record['curve']]
     for point in curve:
         if 'val_ap50' in point:
@@ -144,18 +139,18 @@ def make_row(record: Row, config: str, split: str, folder: Path) -> Row:
         for key in ('class_AP50', 'class_AP')
     }
     return dict(
-        **names(record['config']),
+        **named,
         seed=record['seed'],
         **{key: _percent(record[key.lower()]) for key in ('AP50', 'AP', 'AP75')},
         best_f1=_percent(record['best_f1']),
         best_threshold=round(record['best_threshold'], 4),
         f1_at_half=_percent(record['f1_at_half']),
-        config=config,
+        config=str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name),
         split=split,
         options=record['options'],
         images=record['images'],
         seconds=record['train_seconds'],
-        step_seconds=step_seconds(folder),
+        step_seconds=step_seconds(plan.folder),
         **{key: record[key] for key in ('threads', 'sessions', 'date', 'versions')},
         config_sha=record['config_sha'],
         **by_class,
@@ -163,31 +158,31 @@ def make_row(record: Row, config: str, split: str, folder: Path) -> Row:
     )
 
 
-def make_plans(args: argparse.Namespace) -> list[compare.Plan]:
-    """Return the runs that have no row yet.
+def run(args: argparse.Namespace) -> int:
+    """Make the runs that have no row yet, and their rows; return how many failed.
 
     Raises:
         ValueError: If something is wrong with the arguments or in the way.
     """
     options = [*SPLITS[args.split], *args.cfg_options]
-    config = load(args.config, parse_options(options))
-    name = variant_stem(config.stem, args.loss, args.split)
-    candidate = Variant(config.path, config.cfg, config.resolved, name)
+    candidate = load(args.config, parse_options(options))
     check([candidate])
+    named = names(candidate.stem, args.loss, args.split)
+    candidate = replace(candidate, name='_'.join(named.values()))
     rows = {tuple(row[key] for key in KEY): row for row in read_rows(args.out)}
     plans = []
     for seed in args.seeds:
-        row = rows.get((*names(name).values(), seed))
+        row = rows.get((*named.values(), seed))
         if row and row['config_sha'] != candidate.sha:
             raise ValueError(
-                f'{args.out} has a row of {name} seed {seed} of another config '
-                f'(SHA-256 {row["config_sha"][:8]}, now {candidate.sha[:8]}); name '
-                'this one with --loss, or delete the row'
+                f'{args.out} has a row of {candidate.name} seed {seed} of another '
+                f'config (SHA-256 {row["config_sha"][:8]}, now {candidate.sha[:8]}); '
+                'name this one with --loss, or delete the row'
             )
         if row:
-            print(f'{name} seed {seed}: done before, AP50 {row["AP50"]:.1f}')
+            print(f'{candidate.name} seed {seed}: done before, AP50 {row["AP50"]:.1f}')
             continue
-        folder = (args.work_dir / name / f'seed_{seed}').resolve()
+        folder = (args.work_dir / candidate.name / f'seed_{seed}').resolve()
         plan = compare.Plan(
             candidate=candidate,
             seed=seed,
@@ -197,26 +192,16 @@ def make_plans(args: argparse.Namespace) -> list[compare.Plan]:
             versions=compare.versions(),
             threads=1,
         )
-        if plan.refusal():
-            raise ValueError(plan.refusal())
+        refusal = plan.refusal()
+        if refusal:
+            raise ValueError(refusal)
         plans.append(plan)
-    return plans
-
-
-def run(plans: Sequence[compare.Plan], args: argparse.Namespace) -> int:
-    """Make the runs and put their rows into the file; return how many failed."""
-    path = args.config.resolve()
-    config = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name)
-    failures = []
+    failed = 0
     for plan in plans:
-        if not plan.is_done:
-            failures += Pool(1, plan.threads).run([plan.job()])
+        failed += compare.train([plan], jobs=1)
         if plan.is_done:
-            record = compare_report.read_json(plan.record_path)
-            add_rows(args.out, [make_row(record, config, args.split, plan.folder)])
-    for failure in failures:
-        print(failure, file=sys.stderr)
-    return len(failures)
+            add_rows(args.out, [make_row(plan, named, args.split)])
+    return failed
 
 
 def interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float]:
@@ -229,7 +214,9 @@ def interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, 
     return float(np.mean(differences)) - half, float(np.mean(differences)) + half
 
 
-def _mean(values: Sequence[float], form: str = '.1f') -> str:
+def _mean(rows: Sequence[Row], key: str, form: str = '.1f') -> str:
+    """Lay out a mean, with the standard deviation where there is one."""
+    values = [row[key] for row in rows]
     text = f'{np.mean(values):{form}}'
     return f'{text} ± {np.std(values, ddof=1):{form}}' if len(values) > 1 else text
 
@@ -243,35 +230,29 @@ def _difference(rows: Sequence[Row], base: Sequence[Row], key: str) -> str:
     return text
 
 
-def _table(by_loss: dict[str, list[Row]], baseline: str) -> str:
-    columns = ['AP50', 'AP', 'AP75']
-    head = [*columns, 'best F1', 'at score', 'F1 at 0.5', 'Δ AP50', 'Δ AP']
-    epochs = sorted(
-        {
-            p['epoch']
-            for rows in by_loss.values()
-            for p in rows[0]['curve']
-            if 'AP50' in p
-        }
-    )
-    lines = [['loss', *head, *(f'AP50, epoch {epoch}' for epoch in epochs)]]
+def _table(by_loss: dict[str, list[Row]]) -> str:
+    curves = {
+        loss: [{p['epoch']: p['AP50'] for p in r['curve'] if 'AP50' in p} for r in rows]
+        for loss, rows in by_loss.items()
+    }
+    epochs = sorted({epoch for found in curves.values() for epoch in found[0]})
+    head = ['AP50', 'AP', 'AP75', 'best F1', 'at score', 'F1 at 0.5', 'Δ AP50', 'Δ AP']
+    lines = [['loss', *head, *(f'epoch {epoch}' for epoch in epochs)]]
     for loss, rows in by_loss.items():
-        cells = [_mean([r[key] for r in rows]) for key in (*columns, 'best_f1')]
-        cells.append(_mean([r['best_threshold'] for r in rows], '.2f'))
-        cells.append(_mean([r['f1_at_half'] for r in rows]))
-        base = by_loss.get(baseline)
-        paired = base is not None and loss != baseline
-        cells += [_difference(rows, base, k) if paired else '' for k in ('AP50', 'AP')]
-        curves = [{p['epoch']: p.get('AP50') for p in r['curve']} for r in rows]
+        cells = [_mean(rows, key) for key in ('AP50', 'AP', 'AP75', 'best_f1')]
+        cells += [_mean(rows, 'best_threshold', '.2f'), _mean(rows, 'f1_at_half')]
+        for key in ('AP50', 'AP'):
+            paired = loss != BASELINE and BASELINE in by_loss
+            cells.append(_difference(rows, by_loss[BASELINE], key) if paired else '')
         for epoch in epochs:
-            values = [c[epoch] for c in curves if c.get(epoch) is not None]
+            values = [curve[epoch] for curve in curves[loss] if epoch in curve]
             cells.append(f'{np.mean(values):.1f}' if len(values) == len(rows) else '')
         lines.append([loss, *cells])
     return markdown_table(lines)
 
 
-def tables(rows: Sequence[Row], baseline: str = 'ce') -> str:
-    """Return a Markdown table for each detector, data set and set of seeds.
+def tables(rows: Sequence[Row]) -> str:
+    """Return a Markdown table for each data set, detector and set of seeds.
 
     A table holds the losses with just these seeds, and the baseline's runs of them.
     """
@@ -280,22 +261,19 @@ def tables(rows: Sequence[Row], baseline: str = 'ce') -> str:
         group = groups.setdefault((row['data'], row['detector']), {})
         group.setdefault(row['loss'], {})[row['seed']] = row
     texts = []
-    for (data, detector), by_loss in sorted(groups.items()):
-        for seeds in sorted({tuple(sorted(r)) for r in by_loss.values()}, reverse=True):
-            chosen = {
-                loss: [found[seed] for seed in seeds]
-                for loss, found in sorted(
-                    by_loss.items(), key=lambda x: x[0] != baseline
-                )
-                if tuple(sorted(found)) == seeds
-                or (loss == baseline and set(seeds) <= set(found))
+    for (data, detector), group in sorted(groups.items()):
+        order = sorted(group, key=lambda loss: (loss != BASELINE, loss))
+        for seeds in sorted({tuple(sorted(found)) for found in group.values()}):
+            by_loss = {
+                loss: [group[loss][seed] for seed in seeds]
+                for loss in order
+                if set(seeds) == set(group[loss])
+                or (loss == BASELINE and set(seeds) < set(group[loss]))
             }
-            images = next(iter(chosen.values()))[0]['images']
-            title = f'**{data}, {detector}**, {images} images, seed'
-            title += 's ' * (len(seeds) > 1) + ' ' * (len(seeds) == 1)
+            title = f'**{data}, {detector}**, seed{"s" * (len(seeds) > 1)} '
             texts.append(f'{title}{", ".join(map(str, seeds))}:')
-            texts.append(_table(chosen, baseline))
-    return '\n\n'.join(texts)
+            texts.append(_table(by_loss))
+    return '\n\n'.join([*texts, NOTE])
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -310,7 +288,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/converged'))
     parser.add_argument('--out', type=Path, default=OUT, help='the file of the rows')
     parser.add_argument('--table-only', action='store_true', help='train nothing')
-    parser.add_argument('--baseline', default='ce', help='loss of the first row')
     parser.add_argument(
         '--add', type=Path, nargs='+', default=[], help='take over the rows of a file'
     )
@@ -333,8 +310,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.add:
             add_rows(args.out, [row for path in args.add for row in read_rows(path)])
         if args.config:
-            failed = run(make_plans(args), args)
-        text = tables(read_rows(args.out), args.baseline)
+            failed = run(args)
+        text = tables(read_rows(args.out))
         print(f'\n{text}')
         if args.update:
             update_page(args.update, *MARKS, text)
