@@ -263,7 +263,8 @@ def tables(rows: Sequence[Row]) -> str:
     texts = []
     for (data, detector), group in sorted(groups.items()):
         order = sorted(group, key=lambda loss: (loss != BASELINE, loss))
-        for seeds in sorted({tuple(sorted(found)) for found in group.values()}):
+        sets = {tuple(sorted(found)) for found in group.values()}
+        for seeds in sorted(sets, key=lambda seeds: (-len(seeds), seeds)):
             by_loss = {
                 loss: [group[loss][seed] for seed in seeds]
                 for loss in order
