@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -72,6 +73,14 @@ def test_rows_take_the_places_of_those_of_the_same_name(tmp_path):
     assert found[0] == ('bccd', 'ce', 0)
     assert found[1:] == [('voc', 'ce', 0), ('voc', 'ce', 1), ('voc', 'rambo', 0)]
     assert [r['AP50'] for r in json.loads(path.read_text())['runs']] == [40, 40, 50, 40]
+    assert [other.name for other in path.parent.iterdir()] == [path.name]
+
+
+def test_processes_that_add_rows_at_once_lose_none(tmp_path):
+    path = tmp_path / 'rows.json'
+    with ThreadPoolExecutor(8) as pool:  # a lock of the file, not of the process
+        list(pool.map(lambda s: converged.add_rows(path, [row('ce', s)]), range(40)))
+    assert [r['seed'] for r in converged.read_rows(path)] == list(range(40))
 
 
 def test_a_table_has_rows_of_the_same_seeds():
@@ -133,6 +142,13 @@ def test_a_run_becomes_a_row_and_is_not_made_again(fakes, tmp_path, monkeypatch)
         main(*longer)
     assert len(main('--loss', 'ce-5e', *longer)) == 2
     assert converged.read_rows(out)[-1]['loss'] == 'ce-5e'
+
+
+def test_the_docs_show_what_the_file_holds():
+    page = (ROOT / 'docs' / 'results.md').read_text(encoding='utf-8')
+    start, end = converged.MARKS
+    shown = page.split(start)[1].split(end)[0].strip()
+    assert shown == converged.tables(converged.read_rows(converged.OUT))
 
 
 @pytest.mark.needs_shared

@@ -26,11 +26,13 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import os
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any, Iterable, Sequence
+from typing import Any, Iterable, Iterator, Sequence
 
 import compare
 import compare_report
@@ -39,6 +41,7 @@ from atomic_file import atomic_file
 from compare_configs import check, load, parse_options
 from compare_jobs import Stopped
 from markdown_table import markdown_table, split_page, update_page
+from scipy.stats import t
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / 'docs' / 'results' / 'converged.json'
@@ -96,14 +99,24 @@ def read_rows(path: Path) -> list[Row]:
     return compare_report.read_json(path)['runs'] if path.is_file() else []
 
 
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Let other processes that ask for it wait."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
 def add_rows(path: Path, rows: Iterable[Row]) -> None:
     """Put rows in the places of those with the same names, at once or not at all.
 
     Other processes may do the same at the same time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / f'.{path.name}.lock').open('w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _alone_in(path.parent):
         found = {tuple(row[key] for key in KEY): row for row in read_rows(path)}
         found.update({tuple(row[key] for key in KEY): row for row in rows})
         lines = [f'  {json.dumps(found[key])}' for key in sorted(found)]
@@ -204,16 +217,6 @@ def run(args: argparse.Namespace) -> int:
     return failed
 
 
-def interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Return Student's interval of the mean of paired differences."""
-    from scipy.stats import t
-
-    count = len(differences)
-    deviation = np.std(differences, ddof=1) / np.sqrt(count)
-    half = float(t.ppf((1 + level) / 2, count - 1) * deviation)
-    return float(np.mean(differences)) - half, float(np.mean(differences)) + half
-
-
 def _mean(rows: Sequence[Row], key: str, form: str = '.1f') -> str:
     """Lay out a mean, with the standard deviation where there is one."""
     values = [row[key] for row in rows]
@@ -222,12 +225,13 @@ def _mean(rows: Sequence[Row], key: str, form: str = '.1f') -> str:
 
 
 def _difference(rows: Sequence[Row], base: Sequence[Row], key: str) -> str:
-    """Lay out the mean of the paired differences, and its interval."""
+    """Lay out the mean of the paired differences, with Student's 95 % interval."""
     values = [a[key] - b[key] for a, b in zip(rows, base)]
-    text = f'{np.mean(values):+.1f}'
-    if len(values) > 1:
-        text += ' [{:+.1f}, {:+.1f}]'.format(*interval(values))
-    return text
+    mean, count = np.mean(values), len(values)
+    if count < 2:
+        return f'{mean:+.1f}'
+    half = t.ppf(0.975, count - 1) * np.std(values, ddof=1) / np.sqrt(count)
+    return f'{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]'
 
 
 def _table(by_loss: dict[str, list[Row]]) -> str:
