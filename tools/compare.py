@@ -28,7 +28,15 @@ from typing import TYPE_CHECKING, Any, Sequence
 
 import compare_report
 import numpy as np
-from compare_ap import Matches, class_ap, coco_ap, match, mean_ap, mean_precision
+from compare_ap import (
+    Matches,
+    best_f1,
+    class_ap,
+    coco_class_ap,
+    match,
+    mean_ap,
+    mean_precision,
+)
 from compare_jobs import Job, Pool, Stopped
 from markdown_table import split_page, update_page
 from results_table import KEY
@@ -240,6 +248,14 @@ def _round(value: float) -> float:
     return float(f'{value:.5g}')
 
 
+def _by_class(run: Any, values: np.ndarray) -> dict[str, float | None]:
+    """Name the classes of their values; None where a class has no object."""
+    return {
+        name: None if np.isnan(value) else _round(value)
+        for name, value in zip(run.classes, values)
+    }
+
+
 def training_curve(folder: Path, since: str = '') -> list[dict[str, float]]:
     """Read what was logged, a mean for each epoch, and AP50 where it was evaluated.
 
@@ -326,7 +342,10 @@ def evaluate(plan: Plan) -> str:
     run = load_run(plan.folder / 'test' / plan.candidate.path.name, dump)
     matches = match(run)
     per_class = class_ap(matches)[0]
-    ap50, ap = float(mean_ap(per_class)), coco_ap(run)
+    coco = coco_class_ap(run)
+    by_iou = mean_ap(coco)  # 0.5, 0.55, … 0.95
+    ap50, ap = float(mean_ap(per_class)), float(by_iou.mean())
+    f1, threshold, f1_at_half = best_f1(matches)
     _check_printed(plan, ap50)
     _keep_detections(run, plan.folder / 'detections.npz')
     matches.save(plan.matches_path)
@@ -346,10 +365,12 @@ def evaluate(plan: Plan) -> str:
         sessions=state['sessions'],
         ap50=ap50,
         ap=ap,
-        class_ap50={
-            name: None if np.isnan(value) else _round(value)
-            for name, value in zip(run.classes, per_class)
-        },
+        ap75=float(by_iou[5]),
+        best_f1=f1,
+        best_threshold=threshold,
+        f1_at_half=f1_at_half,
+        class_ap50=_by_class(run, per_class),
+        class_ap=_by_class(run, coco.mean(axis=0)),
         curve=training_curve(plan.folder, state['since']),
         pr_curve=[round(float(value), 4) for value in mean_precision(matches)],
     )

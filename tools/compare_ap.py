@@ -38,12 +38,14 @@ class Matches:
         images: Index of each detection's image.
         flags: HIT, MISS or IGNORED, for what lies on a difficult object.
         objects: Number of objects that count, by image and class.
+        scores: Score of each detection; not stored.
     """
 
     labels: np.ndarray
     images: np.ndarray
     flags: np.ndarray
     objects: np.ndarray
+    scores: np.ndarray | None = None
 
     def save(self, path: str | Path) -> None:
         """Write a compressed ``.npz``, at once or not at all.
@@ -80,7 +82,7 @@ def match(run: Run) -> Matches:
     from mmdet.evaluation.functional.mean_ap import tpfp_default
 
     classes = len(run.classes)
-    parts = {'labels': [], 'images': [], 'flags': []}
+    parts = {'labels': [], 'images': [], 'flags': [], 'scores': []}
     objects = np.zeros((len(run.truth), classes), dtype=np.uint16)
     for image, truth in enumerate(run.truth):
         objects[image] = np.bincount(truth['labels'], minlength=classes)
@@ -107,7 +109,8 @@ def match(run: Run) -> Matches:
             parts['images'].append(np.concatenate(images)[order])
             parts['flags'].append(np.concatenate(flags)[order])
             parts['labels'].append(np.full(len(joined), label))
-    types = dict(labels=np.uint16, images=np.uint32, flags=np.int8)
+            parts['scores'].append(joined[order])
+    types = dict(labels=np.uint16, images=np.uint32, flags=np.int8, scores=np.float32)
     arrays = {
         name: np.concatenate(parts[name] or [[]]).astype(kind)
         for name, kind in types.items()
@@ -164,6 +167,29 @@ def mean_ap(per_class: np.ndarray) -> np.ndarray:
     occur = ~np.isnan(per_class)
     total = np.where(occur, per_class, 0.0).sum(axis=-1)
     return total / np.maximum(occur.sum(axis=-1), 1)
+
+
+def best_f1(matches: Matches) -> tuple[float, float, float]:
+    """Return the best F1, the score from which on it is reached, and F1 from 0.5 on.
+
+    Detections of all classes and images are pooled: of those that score at least t,
+    precision is the share of hits among hits and misses, and recall the share of the
+    objects that are hit. F1 is their harmonic mean. One threshold t holds for all
+    classes, as where a detector is used. What lies on a difficult object counts
+    neither way.
+    """
+    counted = matches.flags != IGNORED
+    order = np.argsort(-matches.scores[counted], kind='stable')
+    scores = matches.scores[counted][order]
+    hits = np.cumsum(matches.flags[counted][order] == HIT)
+    f1 = 2 * hits / (np.arange(1, len(hits) + 1) + matches.objects.sum())
+    # Between equal scores there is no threshold.
+    ends = np.flatnonzero(np.append(scores[1:] < scores[:-1], True)[: len(scores)])
+    if not len(ends):
+        return 0.0, 0.0, 0.0
+    best = ends[np.argmax(f1[ends])]
+    kept = int((scores >= 0.5).sum())
+    return float(f1[best]), float(scores[best]), float(f1[kept - 1]) if kept else 0.0
 
 
 def mean_precision(matches: Matches) -> np.ndarray:
@@ -239,13 +265,21 @@ def paired_interval(
 
 
 def coco_ap(run: Run) -> float:
-    """Return COCO's AP, the mean over the IoU thresholds 0.5, 0.55, … 0.95.
+    """Return COCO's AP, the mean over the IoU thresholds 0.5, 0.55, … 0.95."""
+    return float(mean_ap(coco_class_ap(run)).mean())
+
+
+def coco_class_ap(run: Run) -> np.ndarray:
+    """Return COCO's AP for each of the IoU thresholds 0.5, 0.55, … 0.95 and class.
 
     The evaluation is that of pycocotools, with 101 recall points and at most 100
     detections an image. A difficult object of VOC is an ignored one, as it is in
     ``VOCMetric``: finding it counts neither way, however often. COCO's own ignored
     regions, crowds, also forgive every detection inside them; here only IoU counts.
     A box is as wide as x2 - x1 says, without the pixel that ``VOCMetric`` adds.
+
+    Returns:
+        Of shape (10, classes); NaN where a class has no object.
     """
     from pycocotools import mask
     from pycocotools.coco import COCO
@@ -280,7 +314,9 @@ def coco_ap(run: Run) -> float:
             for x1, y1, x2, y2, score in rows.tolist():
                 found.append([image, x1, y1, x2 - x1, y2 - y1, score, label])
     if not found or all(t['iscrowd'] for t in truth):
-        return 0.0
+        counted = {t['category_id'] for t in truth if not t['iscrowd']}
+        row = [0.0 if i in counted else np.nan for i in range(len(run.classes))]
+        return np.tile(row, (10, 1))
     coco = COCO()
     coco.dataset = dict(
         images=[dict(id=i + 1) for i in range(len(run.truth))],
@@ -294,5 +330,6 @@ def coco_ap(run: Run) -> float:
         evaluation.params.maxDets = [100]
         evaluation.evaluate()
         evaluation.accumulate()
-    precision = evaluation.eval['precision']
-    return float(precision[precision > -1].mean())
+    # Of shape (IoUs, recalls, classes, areas, numbers of detections).
+    precision = evaluation.eval['precision'][:, :, :, 0, 0].mean(axis=1)
+    return np.where(precision > -1, precision, np.nan)

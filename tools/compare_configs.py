@@ -33,16 +33,18 @@ class Candidate:
         resolved: The same, but for the seed and what cannot change a result, and
             with the names of environment variables where the others have the
             paths in them, so that it does not change where the data are moved.
+        name: What to call it instead of by its file.
     """
 
     path: Path
     cfg: Config
     resolved: dict[str, Any]
+    name: str = ''
 
     @property
     def stem(self) -> str:
         """The name of the config."""
-        return self.path.stem
+        return self.name or self.path.stem
 
     @property
     def sha(self) -> str:
