@@ -70,7 +70,7 @@ def test_losses_in_place_of_the_own_one(checkpoint, tmp_path, capsys):
     'arguments, message',
     [
         (['--batches', '1'], '--batches must be at least 2, got 1'),
-        (['--set', 'x', 'dict(lr=1)'], '--set x must be a loss'),
+        (['--set', 'x', 'dict(lr=1)'], '--set: expected dict(type='),
     ],
 )
 def test_arguments_are_checked(arguments, message, capsys):

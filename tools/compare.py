@@ -39,13 +39,13 @@ from compare_ap import (
 )
 from compare_jobs import Job, Pool, Stopped
 from markdown_table import split_page, update_page
-from results_table import KEY
 
 if TYPE_CHECKING:
     from compare_configs import Candidate
 
 TOOLS = Path(__file__).resolve().parent
 TRAIN, TEST = TOOLS / 'train.py', TOOLS / 'test.py'
+KEY = 'pascal_voc/mAP'  # one IoU threshold, 0.5: AP50, not rounded
 PACKAGES = ('torch', 'mmdet', 'mmcv', 'mmengine', 'rambo_det')
 
 

@@ -29,8 +29,6 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import torch
-from ablate_head import parse_setting
-from head_training import flat_gradient
 from markdown_table import markdown_table
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
@@ -94,9 +92,32 @@ def flat_gradients(
     loss: Tensor, parts: dict[str, list[nn.Parameter]]
 ) -> dict[str, Tensor]:
     """Return the gradient of a loss as one vector for each part."""
-    flat = flat_gradient(loss, [p for part in parts.values() for p in part])
-    sizes = [sum(p.numel() for p in part) for part in parts.values()]
-    return dict(zip(parts, flat.split(sizes)))
+    parameters = [p for part in parts.values() for p in part]
+    found: Any = [None] * len(parameters)
+    if loss.requires_grad:
+        found = torch.autograd.grad(
+            loss, parameters, retain_graph=True, allow_unused=True
+        )
+    flat = iter(
+        torch.zeros_like(p).flatten() if grad is None else grad.flatten()
+        for p, grad in zip(parameters, found)
+    )
+    return {name: torch.cat([*islice(flat, len(part))]) for name, part in parts.items()}
+
+
+def parse_loss(text: str) -> dict[str, Any]:
+    """Read the loss of ``--set``.
+
+    Raises:
+        ValueError: If it is no dictionary with a type.
+    """
+    try:
+        loss = eval(text, {'__builtins__': {}}, {'dict': dict})
+    except Exception as error:
+        raise ValueError(f'{text!r} cannot be read: {error}') from error
+    if not isinstance(loss, dict) or 'type' not in loss:
+        raise ValueError(f'expected dict(type="RaMBOLoss", …), got {text!r}')
+    return loss
 
 
 def statistics(gradients: Tensor, reference: Tensor) -> dict[str, float]:
@@ -162,10 +183,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     if args.batches < 2:
         parser.error(f'--batches must be at least 2, got {args.batches}')
-    settings = {name: parse_setting(name, text) for name, text in args.set}
-    for name, setting in settings.items():
-        if set(setting) != {'loss_cls'}:
-            parser.error(f'--set {name} must be a loss, dict(type=…), got {setting}')
+    try:
+        losses = {name: parse_loss(text) for name, text in args.set}
+    except ValueError as error:
+        parser.error(f'--set: {error}')
     register_all_modules()
     set_random_seed(args.seed)
     cfg = Config.fromfile(args.config)
@@ -173,7 +194,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     load_checkpoint(model, str(args.checkpoint), map_location='cpu')
     model.train()
     batches = iter(Runner.build_dataloader(cfg.train_dataloader, seed=args.seed))
-    losses = {name: setting['loss_cls'] for name, setting in settings.items()}
     result = measure(model, batches, args.batches, losses)
     print(table(result))
     report = dict(

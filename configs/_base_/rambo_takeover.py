@@ -1,5 +1,5 @@
 # Cross-entropy learns the features for 60 % of the training, then ranking takes over:
-# level with cross-entropy, see docs/results.md.
+# level with cross-entropy, see docs/research-log.md.
 takeover_loss = dict(
     perturb='together',
     scores='log_softmax',

@@ -1,4 +1,4 @@
-# The loss weight that led the trials of cross-entropy, see docs/results.md.
+# The loss weight that led the trials of cross-entropy, see docs/research-log.md.
 _base_ = [
     '../_base_/models/faster-rcnn_mobilenetv2_fpn-tiny.py',
     '../_base_/datasets/voc_subset_160.py',

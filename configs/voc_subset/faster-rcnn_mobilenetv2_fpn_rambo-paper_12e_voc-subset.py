@@ -1,5 +1,5 @@
 _base_ = [
-    './faster-rcnn_mobilenetv2_fpn_ce_5e_voc-subset.py',
+    './faster-rcnn_mobilenetv2_fpn_ce_12e_voc-subset.py',
     '../_base_/rambo_paper.py',
 ]
 
@@ -15,7 +15,6 @@ model = dict(
 )
 train_dataloader = dict(batch_size=_base_.paper_batch_size)
 optim_wrapper = _base_.paper_optim_wrapper
-train_cfg = dict(max_epochs=12)
 param_scheduler = [
     _base_.paper_warmup,
     dict(type='MultiStepLR', by_epoch=True, begin=0, end=12, milestones=[9], gamma=0.1),
