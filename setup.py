@@ -39,11 +39,17 @@ setup(
     # requiring mmdet here would overwrite the fork's files.
     install_requires=['torch>=2.1'],
     extras_require={
-        'mmdet': ['mmdet>=3.3.0', 'mmcv>=2.0.0', 'mmengine>=0.10.0', 'pycocotools'],
+        # The least of each is what the tests run with; mmdet 3.3 refuses mmcv 2.2.
+        'mmdet': [
+            'mmdet>=3.3.0',
+            'mmcv>=2.1.0,<2.2.0',
+            'mmengine>=0.10.7',
+            'pycocotools',
+        ],
         'onedl': [
-            'onedl-mmdetection>=3.5.0',
-            'onedl-mmcv>=2.3.0',
-            'onedl-mmengine>=0.10.10',
+            'onedl-mmdetection>=3.5.1',
+            'onedl-mmcv>=2.3.6',
+            'onedl-mmengine>=0.10.12',
             'pycocotools',
         ],
         'dev': ['hypothesis', 'mypy', 'pytest', 'pytest-timeout', 'ruff'],

@@ -1,6 +1,6 @@
-# A small Faster R-CNN that learns the shapes of tools/make_demo_voc.py from
-# random weights on a CPU in minutes. Only what differs from mmdet's baseline
-# for PASCAL VOC stands here.
+# A small Faster R-CNN that learns the shapes of
+# tools/dataset_tools/make_demo_voc.py from random weights on a CPU in minutes. Only
+# what differs from mmdet's baseline for PASCAL VOC stands here.
 _base_ = 'mmdet::pascal_voc/faster-rcnn_r50_fpn_1x_voc0712.py'
 custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
 

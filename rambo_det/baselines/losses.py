@@ -1,8 +1,8 @@
 """Short forms of other ranking losses.
 
-Written from the papers and checked in ``tests/test_benchmark_loss.py`` against their
-definitions. All take the logits (N, C) of a classifier without a background column and
-labels (N,), C for background, and return a scalar.
+Written from the papers and checked in ``tests/tools/test_benchmark_loss.py`` against
+their definitions. All take the logits (N, C) of a classifier without a background
+column and labels (N,), C for background, and return a scalar.
 
 Sources:
 - literal form of RaMBO: Rolínek et al., CVPR 2020 (arXiv 1912.03500), composed as in

@@ -13,7 +13,10 @@ from .model import check_interval, checkpoint_is_due
 
 _SHOWN = 10  # boxes or images in a message
 _CORNERS = '(xmin, ymin, xmax, ymax; after the pipeline)'
-_REPAIR = 'Find all of them with tools/check_voc.py, which also repairs them (--fix)'
+_REPAIR = (
+    'Find all of them with tools/dataset_tools/check_voc.py, which also repairs them '
+    '(--fix)'
+)
 
 
 class _Step(NamedTuple):
@@ -162,9 +165,9 @@ class InvalidLossHook(Hook):
         else:
             cause = (
                 'All boxes of the batch have an area. Check the data with '
-                'tools/check_voc.py; if they are well, the training diverged: lower '
-                'the learning rate, clip gradients (optim_wrapper.clip_grad), or train '
-                'without AMP.'
+                'tools/dataset_tools/check_voc.py; if they are well, the training '
+                'diverged: lower the learning rate, clip gradients '
+                '(optim_wrapper.clip_grad), or train without AMP.'
             )
         return (
             f'{type(self).__name__}: in iteration {step.iteration} {losses}. The '

@@ -1,0 +1,5 @@
+"""Tests; what they share is in ``tests.helpers``."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]

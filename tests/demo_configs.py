@@ -1,9 +1,0 @@
-"""The demo's configs, and the root of the checkout that they are in."""
-
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-CE, RAMBO = (
-    ROOT / 'configs' / 'demo' / f'faster-rcnn_tiny_fpn_{name}_demo.py'
-    for name in ('ce', 'rambo')
-)

@@ -1,0 +1,734 @@
+"""AP and its loss against the definition and against Algorithm 1 done literally."""
+
+import functools
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from rambo_det.functional import (
+    Ranking,
+    ap_loss,
+    apply_margin,
+    average_precision,
+    blackbox_rank,
+    detection_ap_loss,
+    detection_average_precision,
+    rank,
+)
+from tests.helpers import oracle
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+SOLVERS = ['table', 'sort']
+
+score = st.one_of(
+    st.integers(-3, 3).map(float),
+    st.floats(-4, 4, width=16),
+    st.sampled_from([math.inf, -math.inf]),
+)
+
+
+@st.composite
+def problems(draw, max_rows=3, max_length=9):
+    """Scores, targets and a mask of shape (R, n), and λ."""
+    rows = draw(st.integers(1, max_rows))
+    length = draw(st.integers(1, max_length))
+    many = rows * length
+    values = draw(st.lists(score, min_size=many, max_size=many))
+    flags = st.lists(st.booleans(), min_size=many, max_size=many)
+    targets, mask = draw(flags), draw(st.one_of(flags, st.just([True] * many)))
+    lambd = draw(st.floats(0.01, 100))
+    shape = (rows, length)
+    return (
+        torch.tensor(values).view(shape),
+        torch.tensor(targets).view(shape),
+        torch.tensor(mask).view(shape),
+        lambd,
+    )
+
+
+def sequences(scores, targets, mask):
+    """Each row's existing entries as lists, with their positions."""
+    for r in range(scores.size(0)):
+        at = mask[r].nonzero().flatten().tolist()
+        yield (
+            r,
+            at,
+            [scores[r, i].item() for i in at],
+            [int(targets[r, i]) for i in at],
+        )
+
+
+@settings(max_examples=500)
+@given(
+    problem=problems(),
+    dtype=st.sampled_from(DTYPES),
+    solver=st.sampled_from(SOLVERS),
+)
+def test_average_precision_is_the_definition(problem, dtype, solver):
+    scores, targets, mask, _ = problem
+    scores = scores.to(dtype)
+    result = average_precision(scores, targets, mask, solver=solver)
+    assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for r, _, values, flags in sequences(scores.double(), targets, mask):
+        expected = oracle.average_precision(values, flags)
+        assert result[r].item() == pytest.approx(expected, rel=1e-6, nan_ok=True)
+
+
+ORACLES = {'together': oracle.ap_loss, 'singly': oracle.ap_loss_singly}
+
+
+@settings(max_examples=2000, deadline=None)
+@given(
+    problem=problems(),
+    dtype=st.sampled_from(DTYPES),
+    perturb=st.sampled_from(sorted(ORACLES)),
+    to_the_top=st.booleans(),
+    solver=st.sampled_from(SOLVERS),
+)
+def test_loss_and_gradient_are_algorithm_1(problem, dtype, perturb, to_the_top, solver):
+    scores, targets, mask, lambd = problem
+    together = perturb == 'together'
+    if to_the_top and not together:
+        lambd = math.inf
+    exact = dtype == torch.float64
+    scores = scores.to(dtype).requires_grad_()
+    # Incoming gradients that half precision holds exactly: they must only scale.
+    incoming = torch.tensor([0.5, 2.0, -1.0])[: scores.size(0)]
+    losses = ap_loss(
+        scores, targets, lambd=lambd, mask=mask, perturb=perturb, solver=solver
+    )
+    (losses * incoming.to(losses)).sum().backward()
+
+    expected = torch.zeros(scores.shape, dtype=torch.float64)
+    for r, at, values, flags in sequences(scores.detach().double(), targets, mask):
+        tol = 1e-12 if exact else 1e-5
+        assume(not oracle.rounding_decides(values, flags, lambd, tol, together))
+        loss, gradient = ORACLES[perturb](values, flags, lambd)
+        assert losses[r].item() == pytest.approx(loss, abs=1e-12 if exact else 1e-6)
+        expected[r, at] = torch.tensor(gradient, dtype=torch.float64) * incoming[r]
+    assert scores.grad.dtype == dtype
+    rtol = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
+    torch.testing.assert_close(
+        scores.grad.double(), expected, rtol=rtol, atol=1e-12 if exact else 1e-7
+    )
+
+
+@settings(max_examples=500, deadline=None)
+@given(problem=problems(max_rows=1, max_length=12), solver=st.sampled_from(SOLVERS))
+def test_unit_gradient_form_equals_the_literal_composition(problem, solver):
+    """The same loss composed from blackbox_rank, the positives' ranks constant.
+
+    blackbox_rank breaks ties by index, so the negatives are put first.
+    """
+    scores, targets, _, lambd = problem
+    values, flags = scores[0].tolist(), targets[0].int().tolist()
+    assume(any(flags))
+    assume(not oracle.rounding_decides(values, flags, lambd, 1e-12))
+    order = torch.argsort(targets[0].int(), stable=True)
+    literal = scores[0, order].double().requires_grad_()
+    positive = targets[0, order]
+    among = rank(literal.detach()[positive]).double()
+    precision = among / literal.numel() / blackbox_rank(literal, lambd)[positive]
+    loss = 1 - precision.mean()
+    loss.backward()
+
+    ours = scores[:, order].double().requires_grad_()
+    result = ap_loss(ours, positive[None], lambd=lambd, solver=solver)
+    result.sum().backward()
+    torch.testing.assert_close(result[0], loss.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours.grad[0], literal.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_a_weight_scales_unlike_in_the_literal_form():
+    """Ours at weight w is w times the gradient; the literal form moves λ instead."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(1, 50, dtype=torch.float64, generator=generator)
+    targets = torch.arange(50)[None] % 7 == 0
+
+    def gradient(factor, lambd):
+        leaf = scores.clone().requires_grad_()
+        (factor * ap_loss(leaf, targets, lambd=lambd).sum()).backward()
+        return leaf.grad
+
+    assert gradient(1.0, 5.0).abs().sum() > 0
+    torch.testing.assert_close(gradient(65536.0, 5.0), 65536.0 * gradient(1.0, 5.0))
+
+
+@pytest.mark.parametrize('solver', SOLVERS)
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize(
+    'values, targets, loss',
+    [
+        ([3.0, 2.0, 1.0], [1, 1, 0], 0.0),
+        ([3.0, 2.0, 1.0], [0, 0, 1], 2 / 3),
+        ([1.0], [1], 0.0),
+        ([1.0], [0], 0.0),
+        ([2.0, 1.0], [1, 1], 0.0),
+        ([2.0, 1.0], [0, 0], 0.0),
+        ([0.0, 0.0, 0.0, 0.0], [1, 0, 1, 0], 1 - (1 / 3 + 2 / 4) / 2),
+        ([math.inf, math.inf, -math.inf], [1, 0, 1], 1 - (1 / 2 + 2 / 3) / 2),
+        ([], [], 0.0),
+    ],
+)
+def test_special_sequences(values, targets, loss, dtype, solver):
+    scores = torch.tensor([values], dtype=dtype).requires_grad_()
+    result = ap_loss(scores, torch.tensor([targets]), lambd=1.0, solver=solver)
+    assert result.tolist() == pytest.approx([loss], abs=1e-6)
+    result.sum().backward()
+    assert torch.isfinite(scores.grad).all()
+
+
+@pytest.mark.parametrize('solver', SOLVERS)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('perturb', sorted(ORACLES))
+@pytest.mark.parametrize('lambd', [1e-320, 1e-46, 1e-38, 1e38, 1e39, 1e300])
+def test_lambda_at_the_ends_of_floating_point(lambd, perturb, dtype, solver):
+    """Nothing moves below the range of the type; above it, everything that can."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(3, 30, generator=generator).to(dtype)
+    targets = torch.arange(30).expand(3, 30) % 4 == 0
+    # Those that are infinite stay, whatever finite number is added.
+    scores[1, :5], scores[2, :5] = math.inf, -math.inf
+    scores.requires_grad_()
+    kwargs = dict(perturb=perturb, solver=solver)
+    ap_loss(scores, targets, lambd=lambd, **kwargs).sum().backward()
+    assert torch.isfinite(scores.grad).all()
+    grad = scores.grad.clone()
+    if perturb == 'together':
+        # The jumps, at most the whole sequence, divided by λ.
+        assert grad.abs().max() <= 1 / max(lambd, torch.finfo(dtype).tiny)
+    elif lambd < 1:
+        assert not grad.any()
+    else:
+        scores.grad = None
+        ap_loss(scores, targets, lambd=math.inf, **kwargs).sum().backward()
+        assert torch.equal(grad[0], scores.grad[0])
+    for values in (scores[0].detach(), torch.zeros(30, dtype=dtype)):
+        leaf = values.clone().requires_grad_()
+        ranks = blackbox_rank(leaf, lambd)
+        ranks[targets[0]].sum().backward()
+        assert torch.isfinite(leaf.grad).all()
+
+
+@pytest.mark.parametrize('solver', SOLVERS)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_a_million_positives_are_summed_exactly(dtype, solver):
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.rand(1, 1_200_000, generator=generator) < 0.85
+    scores = targets + 2 * torch.randn(targets.shape, generator=generator, dtype=dtype)
+    negatives_first = targets[0].byte().argsort(stable=True)
+    order = scores[0][negatives_first].argsort(descending=True, stable=True)
+    sorted_targets = targets[0][negatives_first][order]
+    among = sorted_targets.cumsum(0)[sorted_targets].tolist()
+    overall = (sorted_targets.nonzero().squeeze(1) + 1).tolist()
+    assert len(among) > 1_000_000
+    exact = math.fsum(a / b for a, b in zip(among, overall)) / len(among)
+    # The result has the type of the scores, and so its rounding.
+    tolerance = 1e-9 if dtype == torch.float64 else 2**-24
+    result = average_precision(scores, targets, solver=solver)
+    assert abs(result.item() - exact) <= tolerance
+    loss = ap_loss(scores, targets, lambd=math.inf, perturb='singly', solver=solver)
+    assert abs(loss.item() - (1 - exact)) <= tolerance
+
+
+@pytest.mark.parametrize('solver', SOLVERS)
+def test_rows_without_positives_have_no_gradient(solver):
+    scores = torch.randn(3, 8, requires_grad=True)
+    targets = torch.zeros(3, 8)
+    targets[1, 5] = 1
+    loss = ap_loss(scores, targets, lambd=100.0, solver=solver)
+    loss.sum().backward()
+    assert loss[0] == 0 and loss[2] == 0
+    assert scores.grad[[0, 2]].abs().sum() == 0
+
+
+@pytest.mark.parametrize('solver', SOLVERS)
+def test_masked_entries_do_not_exist(solver):
+    """Removing them gives the same; they may hold NaN."""
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.randn(1, 40, generator=generator, dtype=torch.float64)
+    targets = torch.rand(1, 40, generator=generator) < 0.3
+    mask = torch.rand(1, 40, generator=generator) < 0.6
+    holed = scores.masked_fill(~mask, math.nan).requires_grad_()
+    short = scores[mask][None].clone().requires_grad_()
+    a = ap_loss(holed, targets, lambd=3.0, mask=mask, solver=solver)
+    b = ap_loss(short, targets[mask][None], lambd=3.0, solver=solver)
+    a.sum().backward()
+    b.sum().backward()
+    assert a.item() == b.item()
+    assert torch.equal(holed.grad[mask], short.grad[0])
+    assert holed.grad[~mask].abs().sum() == 0
+    torch.testing.assert_close(
+        average_precision(holed.detach(), targets, mask, solver=solver), 1 - a.detach()
+    )
+
+
+@pytest.mark.parametrize('solver', SOLVERS)
+def test_non_contiguous_input(solver):
+    scores = torch.randn(20, 3, dtype=torch.float64)
+    targets = torch.rand(20, 3) < 0.3
+    strided = scores.clone().requires_grad_()
+    plain = scores.t().contiguous().requires_grad_()
+    a = ap_loss(strided.t(), targets.t(), lambd=2.0, solver=solver)
+    b = ap_loss(plain, targets.t().contiguous(), lambd=2.0, solver=solver)
+    a.sum().backward()
+    b.sum().backward()
+    assert torch.equal(a, b)
+    assert torch.equal(strided.grad, plain.grad.t())
+
+
+# The margin
+
+
+@given(
+    margin=st.floats(0, 10, allow_subnormal=False),
+    values=st.lists(st.floats(-5, 5), min_size=1, max_size=6),
+    data=st.data(),
+)
+def test_fixed_margin(margin, values, data):
+    n = len(values)
+    flags = data.draw(st.lists(st.booleans(), min_size=n, max_size=n))
+    result = apply_margin(
+        torch.tensor(values, dtype=torch.float64), torch.tensor(flags), margin
+    )
+    expected = [v - margin / 2 if f else v + margin / 2 for v, f in zip(values, flags)]
+    assert result.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('noise', [False, True])
+@pytest.mark.parametrize('margin', [0.1, 1.7])
+def test_margin_is_its_formula_bit_for_bit(margin, noise, dtype):
+    """Whatever the strides: a seed always draws the same noise for an entry."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(30, 40, dtype=dtype, generator=generator)
+    targets = torch.rand(30, 40, generator=generator) < 0.3
+    draw = torch.ones(30, 40, dtype=dtype)
+    if noise:
+        seed = torch.Generator().manual_seed(1)
+        draw = torch.randn(30, 40, dtype=dtype, generator=seed).abs()
+    expected = scores + (0.5 - targets.to(dtype)) * margin * draw
+    for same in (scores, scores.t().contiguous().t()):
+        seed = torch.Generator().manual_seed(1)
+        assert torch.equal(apply_margin(same, targets, margin, noise, seed), expected)
+
+
+def test_random_margin_is_half_normal():
+    targets = torch.arange(200_000) % 2
+    generator = torch.Generator().manual_seed(0)
+    shift = apply_margin(
+        torch.zeros(200_000), targets, 2.0, noise=True, generator=generator
+    )
+    assert (shift[targets == 1] <= 0).all() and (shift[targets == 0] >= 0).all()
+    size = shift.abs()
+    assert size.mean().item() == pytest.approx(math.sqrt(2 / math.pi), rel=0.01)
+    assert size.std().item() == pytest.approx(math.sqrt(1 - 2 / math.pi), rel=0.01)
+    again = apply_margin(
+        torch.zeros(200_000), targets, 2.0, True, torch.Generator().manual_seed(0)
+    )
+    assert torch.equal(shift, again)
+
+
+@pytest.mark.parametrize('solver', SOLVERS)
+@pytest.mark.parametrize('noise', [False, True])
+def test_loss_with_margin_is_the_loss_of_shifted_scores(noise, solver):
+    scores = torch.randn(2, 30, dtype=torch.float64)
+    targets = torch.rand(2, 30) < 0.3
+    mask = torch.rand(2, 30) < 0.8
+    plain, inside = scores.clone().requires_grad_(), scores.clone().requires_grad_()
+    shifted = apply_margin(
+        plain * mask, targets, 0.5, noise, torch.Generator().manual_seed(5)
+    )
+    a = ap_loss(shifted, targets, lambd=2.0, mask=mask, solver=solver)
+    b = ap_loss(
+        inside,
+        targets,
+        lambd=2.0,
+        margin=0.5,
+        margin_noise=noise,
+        mask=mask,
+        generator=torch.Generator().manual_seed(5),
+        solver=solver,
+    )
+    a.sum().backward()
+    b.sum().backward()
+    assert torch.equal(a, b)
+    assert torch.equal(plain.grad, inside.grad)
+
+
+def test_margin_keeps_half_precision_apart():
+    """0.15 / 2 is lost next to 64 in bfloat16."""
+    shifted = apply_margin(
+        torch.full((2,), 64.0, dtype=torch.bfloat16), torch.tensor([1, 0]), 0.15
+    )
+    assert shifted.dtype == torch.float32
+    assert (shifted[1] - shifted[0]).item() == pytest.approx(0.15, rel=1e-3)
+
+
+# The detection layout
+
+
+@st.composite
+def detections(draw):
+    """Logits (N, C), labels, image index, number of images, λ."""
+    rows, columns = draw(st.integers(0, 10)), draw(st.integers(1, 4))
+    num_images = draw(st.integers(1, 3))
+    many = rows * columns
+    values = draw(st.lists(score, min_size=many, max_size=many))
+    labels = draw(st.lists(st.integers(-1, columns), min_size=rows, max_size=rows))
+    index = st.lists(st.integers(0, num_images - 1), min_size=rows, max_size=rows)
+    images = draw(index)
+    return (
+        torch.tensor(values, dtype=torch.float64).view(rows, columns),
+        torch.tensor(labels, dtype=torch.long),
+        torch.tensor(images, dtype=torch.long),
+        num_images,
+        draw(st.floats(0.01, 100)),
+    )
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    problem=detections(),
+    per_class=st.booleans(),
+    per_image=st.booleans(),
+    solver=st.sampled_from(SOLVERS),
+)
+def test_detection_layout_equals_sequences_spelled_out(
+    problem, per_class, per_image, solver
+):
+    scores, labels, images, num_images, lambd = problem
+    scores.requires_grad_()
+    groups = (images, num_images) if per_image else ()
+    ranking = Ranking(lambd, per_class, *groups)
+    ((losses, present),) = detection_ap_loss(scores, labels, [ranking], solver=solver)
+    aps = detection_average_precision(scores, labels, ranking, solver)
+    weights = torch.linspace(0.5, 2.0, losses.numel(), dtype=torch.float64)
+    (losses * weights).sum().backward()
+
+    expected = torch.zeros(scores.shape, dtype=torch.float64)
+    columns = range(scores.size(1))
+    number = 0
+    for image in range(num_images if per_image else 1):
+        rows = [
+            i
+            for i in range(len(labels))
+            if labels[i] >= 0 and (not per_image or images[i] == image)
+        ]
+        for classes in [[c] for c in columns] if per_class else [list(columns)]:
+            at = [(i, c) for i in rows for c in classes]
+            values = [scores[i, c].item() for i, c in at]
+            flags = [int(labels[i] == c) for i, c in at]
+            assume(not oracle.rounding_decides(values, flags, lambd, 1e-12))
+            loss, gradient = oracle.ap_loss(values, flags, lambd)
+            assert losses[number].item() == pytest.approx(loss, abs=1e-12)
+            assert bool(present[number]) == any(flags)
+            assert aps[number].item() == pytest.approx(
+                oracle.average_precision(values, flags), abs=1e-12, nan_ok=True
+            )
+            for (i, c), g in zip(at, gradient):
+                expected[i, c] += g * weights[number]
+            number += 1
+    assert number == losses.numel()
+    torch.testing.assert_close(scores.grad, expected, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    problem=detections(),
+    per_class=st.booleans(),
+    per_image=st.booleans(),
+    part=st.tuples(st.integers(0, 10), st.integers(0, 10)),
+    perturb=st.sampled_from(['together', 'singly']),
+    lambds=st.tuples(*[st.sampled_from([0.3, 2.0, math.inf])] * 2),
+    solver=st.sampled_from(SOLVERS),
+)
+def test_a_part_of_the_rows_is_ranked_as_if_alone(
+    problem, per_class, per_image, part, perturb, lambds, solver
+):
+    scores, labels, images, num_images, lambd = problem
+    first, last = sorted(min(row, len(labels)) for row in part)
+    inside, outside = scores.clone().requires_grad_(), scores.clone().requires_grad_()
+    groups = (images[first:last], num_images) if per_image else (None, 1)
+    if perturb == 'together':
+        lambds = (lambd, lambd)
+    kwargs = dict(perturb=perturb, solver=solver)
+    ranking = Ranking(lambds[0], per_class, *groups)
+    placed = ranking._replace(num_rows=last - first, first_row=first)
+    whole = Ranking(lambds[1], not per_class)  # ranked in the same call
+    results = detection_ap_loss(inside, labels, [placed, whole], **kwargs)
+    expected = [
+        *detection_ap_loss(
+            outside[first:last], labels[first:last], [ranking], **kwargs
+        ),
+        *detection_ap_loss(outside, labels, [whole], **kwargs),
+    ]
+    for (losses, present), (other, also) in zip(results, expected):
+        # The more entries there are, the fewer bits the sort solver has for a sum.
+        rounding = 1e-15 if solver == 'sort' else 0
+        torch.testing.assert_close(losses, other, rtol=0, atol=rounding)
+        assert torch.equal(present, also)
+    for parts in (results, expected):
+        sum(losses.sum() for losses, _ in parts).backward()
+    torch.testing.assert_close(inside.grad, outside.grad, rtol=1e-12, atol=1e-12)
+
+
+def pairwise(scores, targets, lambd):
+    """The oracle for one longer sequence: all pairs at once, (n,) tensors."""
+
+    def rank_among(values, others):
+        index = torch.arange(len(values))
+        tie = values[None] == values[:, None]
+        first = (targets[None] < targets[:, None]) | (
+            (targets[None] == targets[:, None]) & (index[None] < index[:, None])
+        )
+        before = (values[None] > values[:, None]) | (tie & first)
+        return 1 + (before & others[None]).sum(1)
+
+    n, num_pos = len(scores), targets.sum()
+    everyone = torch.ones_like(targets)
+    rk, rkp = rank_among(scores, everyone), rank_among(scores, targets)
+    rise = torch.where(targets, lambd * n * rkp / (num_pos * rk.double() ** 2), 0.0)
+    after = rank_among(scores + rise, everyone)
+    return 1 - (rkp.double() / rk)[targets].mean(), (after - rk).double() / (n * lambd)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    rows=st.integers(20, 300),
+    columns=st.integers(1, 5),
+    share=st.sampled_from([0.02, 0.2, 0.9]),
+    digits=st.sampled_from([1, 2, 15]),
+    spread=st.sampled_from([1.0, 1e-3, 1e6]),
+    lambd=st.sampled_from([0.05, 1.0, 30.0]),
+    per_class=st.booleans(),
+    solver=st.sampled_from(SOLVERS),
+)
+def test_longer_sequences(
+    seed, rows, columns, share, digits, spread, lambd, per_class, solver
+):
+    """Long enough for the bins; few digits make ties, outliers make them uneven."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    scores = scores.round(decimals=digits)
+    scores[torch.rand(rows, columns, generator=generator) < 0.02] *= spread
+    labels = torch.randint(0, columns, (rows,), generator=generator)
+    labels[torch.rand(rows, generator=generator) > share] = columns
+    labels[torch.rand(rows, generator=generator) < 0.05] = -1
+    scores.requires_grad_()
+    ((losses, present),) = detection_ap_loss(
+        scores, labels, [Ranking(lambd, per_class)], solver=solver
+    )
+    losses.sum().backward()
+    kept = labels >= 0
+    expected = torch.zeros(rows, columns, dtype=torch.float64)
+    one_hot = labels[:, None] == torch.arange(columns)
+    parts = [[c] for c in range(columns)] if per_class else [list(range(columns))]
+    for number, part in enumerate(parts):
+        targets = one_hot[kept][:, part].reshape(-1)
+        assert bool(present[number]) == bool(targets.any())
+        if not targets.any():
+            assert losses[number] == 0
+            continue
+        values = scores.detach()[kept][:, part].reshape(-1)
+        loss, gradient = pairwise(values, targets, lambd)
+        torch.testing.assert_close(losses[number].detach(), loss, rtol=0, atol=1e-12)
+        view = torch.zeros(int(kept.sum()), columns, dtype=torch.float64)
+        view[:, part] = gradient.view(-1, len(part))
+        expected[kept] += view
+    torch.testing.assert_close(scores.grad, expected, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    margin=st.sampled_from([0.1, 0.15, 3.0]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    per_class=st.booleans(),
+    solver=st.sampled_from(SOLVERS),
+)
+def test_fixed_margin_inside_is_the_one_applied_before(
+    seed, margin, dtype, per_class, solver
+):
+    """Bit for bit, on a grid where the margin makes ties that rounding decides."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(-60, 60, (200, 3), generator=generator).to(dtype) / 20
+    labels = torch.randint(0, 30, (200,), generator=generator).clamp(max=3)
+    one_hot = labels[:, None] == torch.arange(3)
+    inside, before = scores.clone().requires_grad_(), scores.clone().requires_grad_()
+    ranking = Ranking(1.0, per_class)
+    kwargs = dict(solver=solver)
+    ((a, _),) = detection_ap_loss(inside, labels, [ranking], margin=margin, **kwargs)
+    shifted = apply_margin(before, one_hot, margin)
+    ((b, _),) = detection_ap_loss(shifted, labels, [ranking], **kwargs)
+    a.sum().backward()
+    b.sum().backward()
+    assert torch.equal(a, b)
+    assert torch.equal(inside.grad, before.grad)
+
+
+# The sort solver, where the definitions are too slow
+
+
+def both(scores, labels, rankings, **kwargs):
+    """Losses, presence and gradient of both solvers."""
+    found = []
+    for solver in SOLVERS:
+        leaf = scores.clone().requires_grad_()
+        results = detection_ap_loss(leaf, labels, rankings, solver=solver, **kwargs)
+        parts = [losses for losses, _ in results]
+        total = sum((p * torch.linspace(0.5, 2, len(p))).sum() for p in parts)
+        total.backward()
+        present = [present for _, present in results]
+        found.append([*(p.detach() for p in parts), *present, leaf.grad])
+    return found
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    'perturb, lambds',
+    [
+        ('together', (3.0, 20.0)),
+        ('singly', (0.5, 0.1)),
+        ('singly', (0.5, math.inf)),
+        ('singly', (math.inf, math.inf)),
+    ],
+)
+@pytest.mark.parametrize('digits', [1, 6])
+def test_both_solvers_agree_on_many_entries(digits, perturb, lambds, dtype):
+    """On a grid, moved scores tie often, and with float32 in the same places."""
+    rows, columns = 20_000, 10
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(rows, columns, generator=generator).to(dtype)
+    scores = scores.round(decimals=digits)
+    scores[:50], scores[50:100] = math.inf, -math.inf
+    labels = torch.randint(-1, 3 * columns, (rows,), generator=generator)
+    labels.clamp_(max=columns - 1 if digits == 1 else columns)
+    images = torch.randint(0, 3, (rows,), generator=generator)
+    rankings = [
+        Ranking(lambds[0], True),
+        Ranking(lambds[1], False, images[5000:], 4, rows - 5000, 5000),
+    ]
+    search, sort = both(scores, labels, rankings, perturb=perturb)
+    exact = dtype == torch.float64
+    for a, b in zip(search, sort):
+        assert a.dtype == b.dtype
+        # What the search adds up in float32 differs in the last digits.
+        kwargs = dict(rtol=1e-9, atol=1e-12) if exact else dict(rtol=2e-5, atol=1e-8)
+        torch.testing.assert_close(b, a, **kwargs)
+
+
+def test_without_rows_the_sort_solver_ranks_nothing():
+    scores = torch.zeros(0, 3, requires_grad=True)
+    labels, index = torch.zeros(0).long(), torch.zeros(0).long()
+    rankings = [Ranking(1.0, True), Ranking(math.inf, False, index, 2)]
+    search, sort = both(scores.detach(), labels, rankings, perturb='singly')
+    assert all(torch.equal(a, b) for a, b in zip(search, sort))
+    for function in (average_precision, functools.partial(ap_loss, lambd=1.0)):
+        nothing = torch.zeros(0, 3, requires_grad=True)
+        assert function(nothing, torch.zeros(0, 3), solver='sort').shape == (0,)
+
+
+@pytest.mark.parametrize('perturb', sorted(ORACLES))
+def test_the_sort_solver_bears_nan_that_nobody_looked_for(perturb):
+    scores = torch.randn(6, 50)
+    scores[:, ::7], scores[:, 1::7] = math.nan, -math.nan
+    for dtype in (torch.float32, torch.float64):
+        leaf = scores.to(dtype).requires_grad_()
+        loss = ap_loss(
+            leaf,
+            torch.rand(6, 50) < 0.3,
+            lambd=1.0,
+            perturb=perturb,
+            check_nan=False,
+            solver='sort',
+        )
+        loss.sum().backward()
+        assert loss.shape == (6,)
+
+
+def test_one_of_several_losses_has_a_gradient():
+    scores = torch.randn(8, 3, requires_grad=True)
+    labels = torch.arange(8) % 4
+    rankings = [Ranking(1.0, True), Ranking(1.0, False)]
+    for solver in SOLVERS:
+        first, _ = detection_ap_loss(scores, labels, rankings, solver=solver)
+        (gradient,) = torch.autograd.grad(first[0].sum(), scores)
+        (alone,) = detection_ap_loss(scores, labels, rankings[:1], solver=solver)
+        (expected,) = torch.autograd.grad(alone[0].sum(), scores)
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_compiled_modules_can_use_the_loss():
+    scores = torch.randn(2, 30, requires_grad=True)
+    targets = torch.arange(60).view(2, 30) % 4 == 0
+
+    def total(values):
+        return ap_loss(values * 2, targets, lambd=2.0).sum()
+
+    compiled = torch.compile(total, backend='eager')
+    compiled(scores).backward()
+    again = scores.detach().clone().requires_grad_()
+    total(again).backward()
+    assert torch.equal(scores.grad, again.grad)
+
+
+# Errors
+
+
+@pytest.mark.parametrize('function', [average_precision, ap_loss])
+@pytest.mark.parametrize(
+    'arguments, error, match',
+    [
+        (([[1.0]], torch.ones(1, 1)), TypeError, 'scores must be a torch.Tensor'),
+        ((torch.ones(3), torch.ones(3)), ValueError, r'2 dimensions.*got shape \(3,\)'),
+        ((torch.ones(1, 3), [[1, 0, 0]]), TypeError, 'targets must be a torch.Tensor'),
+        ((torch.ones(1, 3), torch.ones(1, 2)), ValueError, r'targets.*\(1, 3\).*1, 2'),
+        ((torch.ones(1, 3).long(), torch.ones(1, 3)), TypeError, 'torch.int64'),
+        ((torch.full((1, 2), math.nan), torch.ones(1, 2)), ValueError, 'NaN'),
+    ],
+)
+def test_bad_arguments(function, arguments, error, match):
+    kwargs = dict(lambd=1.0) if function is ap_loss else {}
+    with pytest.raises(error, match=match):
+        function(*arguments, **kwargs)
+
+
+@pytest.mark.parametrize('function', [average_precision, ap_loss])
+def test_bad_mask(function):
+    kwargs = dict(lambd=1.0) if function is ap_loss else {}
+    with pytest.raises(ValueError, match=r'mask must have the shape.*\(1, 3\)'):
+        function(torch.ones(1, 3), torch.ones(1, 3), mask=torch.ones(3), **kwargs)
+
+
+@pytest.mark.parametrize(
+    'kwargs, match',
+    [
+        (dict(lambd=0.0), 'lambd must be a positive finite number, got 0.0'),
+        (dict(lambd=-1.0), 'lambd'),
+        (dict(lambd=1.0, margin=-0.1), 'margin must be a finite number >= 0'),
+        (dict(lambd=1.0, margin=math.inf), 'margin'),
+        (dict(lambd=1.0, solver='guess'), "None, 'table' or 'sort', got 'guess'"),
+    ],
+)
+def test_bad_settings(kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        ap_loss(torch.ones(1, 3), torch.ones(1, 3), **kwargs)
+
+
+def test_more_sequences_than_keys_can_hold():
+    scores, labels = torch.ones(2, 1), torch.tensor([0, 1])
+    ranking = Ranking(1.0, False, torch.tensor([0, 1]), 2**29)
+    with pytest.raises(ValueError, match=r'sort.*536870912 sequences at once, got'):
+        detection_ap_loss(scores, labels, [ranking], solver='sort')
+
+
+def test_nan_check_can_be_switched_off():
+    scores = torch.tensor([[math.nan, 1.0]])
+    targets = torch.tensor([[0, 1]])
+    assert ap_loss(scores, targets, lambd=1.0, check_nan=False).shape == (1,)
+    assert average_precision(scores, targets, check_nan=False).shape == (1,)

@@ -1,0 +1,10 @@
+"""Scripts of the project in rooms, and the modules that they share.
+
+Each script runs from the checkout, ``python tools/ROOM/NAME.py``. It imports others as
+``from tools.ROOM import NAME``; for this it puts the checkout in the place of its own
+folder on ``sys.path``.
+"""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]

@@ -1,0 +1,1 @@
+"""What tells something about a detector, or about the loss."""

@@ -1,0 +1,175 @@
+"""Tell what keeps a detector's AP50 down, by kind of error.
+
+    python tools/analysis_tools/error_kinds.py CONFIG PREDICTIONS [--out OUT.json]
+    python tools/analysis_tools/error_kinds.py --table OUT.json
+
+PREDICTIONS is the file of ``tools/test.py --out`` or a ``detections.npz`` of
+tools/experiments/compare.py; both, and --name, may be given several times. A detection
+that is counted as false is of the first kind that fits:
+
+- duplicate: it lies on an object of its class (IoU >= 0.5) that a better one has found;
+- class: it lies on an object of another class;
+- place: it is near an object of its class (0.1 <= IoU < 0.5);
+- background: it is near no object (IoU < 0.1);
+- other: the rest, near an object of another class.
+
+The table shows AP50 as it is, and without the false detections of each kind: how much
+could be gained if those were ranked last. 'all' leaves only what is missed altogether,
+and 'any class' is the share of objects that some detection lies on, whatever its class.
+The kinds are those of TIDE (Bolya et al., *TIDE: A General Toolbox for Identifying
+Object Detection Errors*, ECCV 2020, arXiv 2008.08115), which mends errors instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: its modules are those of the checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import numpy as np
+from mmdet.evaluation.functional.bbox_overlaps import bbox_overlaps
+
+from tools.analysis_tools.matched_ap import MISS, Matches, class_ap, match, mean_ap
+from tools.analysis_tools.plot_results import Run, load_run
+from tools.common.atomic_file import atomic_file
+from tools.common.markdown_table import markdown_table
+
+KINDS = ('duplicate', 'class', 'place', 'background', 'other')
+HIT_IOU, NEAR_IOU = 0.5, 0.1
+
+
+def best_overlaps(run: Run) -> dict[str, list[np.ndarray]]:
+    """Return each detection's best IoU with objects of its class and of any.
+
+    Returns:
+        By 'own' and 'any' a list with an array (images, classes) of arrays.
+    """
+    found: dict[str, list[Any]] = dict(own=[], any=[])
+    for truth, by_class in zip(run.truth, run.detections):
+        boxes = np.vstack([truth['bboxes'], truth['bboxes_ignore']])
+        labels = np.concatenate([truth['labels'], truth['labels_ignore']])
+        own, every = [], []
+        for label, rows in enumerate(by_class):
+            overlaps = np.zeros((len(rows), len(boxes) + 1), dtype=np.float32)
+            if len(boxes) and len(rows):
+                overlaps[:, 1:] = bbox_overlaps(
+                    rows[:, :4], boxes, use_legacy_coordinate=True
+                )
+            every.append(overlaps.max(1))
+            overlaps[:, 1:][:, labels != label] = 0
+            own.append(overlaps.max(1))
+        found['own'].append(own)
+        found['any'].append(every)
+    return found
+
+
+def _in_order(run: Run, matches: Matches, values: list[Any]) -> np.ndarray:
+    """Put values of the detections in the order of the matches."""
+    result = []
+    for label, part in enumerate(matches.by_class()):
+        scores = [found[label][:, 4] for found in run.detections]
+        if part.stop > part.start:
+            order = np.argsort(-np.concatenate(scores))
+            result.append(np.concatenate([v[label] for v in values])[order])
+    return np.concatenate(result) if result else np.zeros(0)
+
+
+def kinds_of(run: Run, matches: Matches) -> np.ndarray:
+    """Return the kind of each detection as an index into ``KINDS``, -1 for no error."""
+    overlaps = best_overlaps(run)
+    own, every = (_in_order(run, matches, overlaps[name]) for name in ('own', 'any'))
+    kind = np.select(
+        [own >= HIT_IOU, every >= HIT_IOU, own >= NEAR_IOU, every < NEAR_IOU],
+        [0, 1, 2, 3],
+        4,
+    )
+    return np.where(matches.flags == MISS, kind, -1)
+
+
+def analyse(run: Run) -> dict[str, float]:
+    """Return AP50 in percent: as it is, without each kind of error and without any."""
+    matches = match(run)
+    kind = kinds_of(run, matches)
+
+    def ap50(keep: np.ndarray) -> float:
+        columns = ('labels', 'images', 'flags')
+        left = replace(matches, **{c: getattr(matches, c)[keep] for c in columns})
+        return round(100 * float(mean_ap(class_ap(left))[0]), 2)
+
+    result = dict(ap50=ap50(kind >= -1))
+    for index, name in enumerate(KINDS):
+        result[name] = ap50(kind != index)
+    result['all'] = ap50(kind < 0)
+    result['any class'] = round(100 * _recall(run), 2)
+    return result
+
+
+def _recall(run: Run) -> float:
+    """Return the share of objects with a detection of any class on them."""
+    hit = total = 0
+    for truth, by_class in zip(run.truth, run.detections):
+        rows = np.vstack(by_class)
+        total += len(truth['bboxes'])
+        if len(rows) and len(truth['bboxes']):
+            overlaps = bbox_overlaps(
+                truth['bboxes'], rows[:, :4], use_legacy_coordinate=True
+            )
+            hit += int((overlaps.max(1) >= HIT_IOU).sum())
+    return hit / max(total, 1)
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """Return the Markdown table, a row per run."""
+    head = [
+        'AP50',
+        'as it is',
+        *(f'without {kind}' for kind in KINDS),
+        'all',
+        'any class',
+    ]
+    keys = ('ap50', *KINDS, 'all', 'any class')
+    rows = [[name, *(f'{row[k]:.1f}' for k in keys)] for name, row in results.items()]
+    return markdown_table([head, *rows])
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        'files', nargs='*', metavar='CONFIG PREDICTIONS', help='one pair or more'
+    )
+    parser.add_argument('--name', action='append', default=[], help='one for each pair')
+    parser.add_argument('--out', type=Path, help='JSON of the results')
+    parser.add_argument('--table', type=Path, help='print the table of such a file')
+    args = parser.parse_intermixed_args(argv)
+    if args.table:
+        results = json.loads(args.table.read_text(encoding='utf-8'))
+        print(table(results))
+        return results
+    pairs = list(zip(args.files[::2], args.files[1::2]))
+    names = args.name or [Path(config).stem for config, _ in pairs]
+    if not pairs or len(args.files) % 2 or len(set(names)) != len(pairs):
+        parser.error(
+            f'expected pairs CONFIG PREDICTIONS and a --name of its own for each, got '
+            f'{len(args.files)} files and the names {names}'
+        )
+    results = {}
+    for name, (config, predictions) in zip(names, pairs):
+        print(f'{name}: matching …', flush=True)
+        results[name] = analyse(load_run(config, predictions, name))
+    if args.out:
+        with atomic_file(args.out) as draft:
+            draft.write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')
+    print(table(results))
+    return results
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,1 @@
+"""Check, mend and make data sets."""

@@ -1,0 +1,1 @@
+"""Set-up, demo, and what draws and checks the docs."""

@@ -1,0 +1,1 @@
+"""What the project's own evidence is made with."""

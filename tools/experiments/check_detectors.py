@@ -1,0 +1,437 @@
+"""Train every shipped detector for some steps on generated images, and look.
+
+    python tools/experiments/check_detectors.py --update README.md
+    python tools/experiments/check_detectors.py --only retinanet fcos
+    python tools/experiments/check_detectors.py --table-only
+
+Each config gets a small backbone, the demo data and a fixed number of steps. Checked
+are: all losses are finite; the AP of the class scores on the training images, without
+the margin with which the loss ranks them, rises well above its start; the evaluation
+runs; a checkpoint holds the whole state, and a training that resumes from it continues;
+two processes take a step and stay equal.
+Configs that become the same when shrunken are trained once. Results go to one file;
+the table in the docs is what this tool prints of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import re
+import socket
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any, Sequence
+
+if not __package__:  # run as a script: its modules are those of the checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from tools import ROOT
+from tools.common.atomic_file import atomic_file
+from tools.common.markdown_table import markdown_table, split_page, update_page
+
+RESULTS = ROOT / 'docs' / 'results' / 'detectors.json'
+CONFIGS = ROOT / 'configs'
+IMAGES = 8
+STEPS = 100
+LR = 2e-3
+# These are known for a slow start: their queries first have to find their places. And
+# one keeps its full width of 256, for which the rate is too high.
+SLOW = {'detr': 5, 'conditional-detr': 5, 'dab-detr': 5, 'sparse-rcnn': 5}
+GENTLE = {'conditional-detr': 5e-4}
+SHARE = 0.25  # of what is missing to AP 1 at the start has to be gained
+MARKS = ('<!-- detectors -->', '<!-- end detectors -->')
+START, END = 5, 10  # steps whose mean AP is that of the start and of the end
+
+
+def configs() -> list[Path]:
+    """Return the shipped configs that train with RaMBO."""
+    return sorted(
+        path
+        for path in CONFIGS.glob('*/*.py')
+        if not path.parent.name.startswith('_') and 'rambo' in path.stem
+    )
+
+
+def _load(path: Path, data: Path, steps: int) -> Any:
+    from mmdet.utils import register_all_modules
+    from mmengine.config import Config
+
+    import rambo_det  # noqa: F401
+    from tools.common.shrink_config import shrink
+
+    warnings.filterwarnings('ignore')
+    register_all_modules()
+    lr = GENTLE.get(path.stem.split('_')[0], LR)
+    return shrink(Config.fromfile(path), data, steps, lr)
+
+
+def _key(cfg: Any) -> str:
+    """Hash what is trained, not where the data lie."""
+    parts = {
+        name: cfg.get(name)
+        for name in ('model', 'optim_wrapper', 'train_cfg', 'custom_hooks')
+    }
+    text = repr(parts) + cfg.train_dataloader.dataset.type
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _state(runner: Any) -> dict[str, Any]:
+    """Return a copy of the state of the model, the loss' memory included."""
+    from mmengine.model import is_model_wrapper
+
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    return copy.deepcopy(dict(model.state_dict()))
+
+
+def _recorder() -> Any:
+    """Return a hook that keeps what every step reports, and its exact AP."""
+    from mmengine.hooks import Hook
+
+    from rambo_det.functional import Ranking, detection_average_precision
+    from rambo_det.hooks.model import named_losses
+
+    class Record(Hook):
+        priority = 'LOWEST'
+
+        def __init__(self) -> None:
+            self.logs: list[dict[str, float]] = []
+            self.precisions: list[float] = []
+            self.seen: list[float] = []  # of the calls in a step
+            self.first_iter: int | None = None
+            self.state: dict[str, Any] = {}
+
+        def before_train(self, runner):
+            """Look at what the last stage ranks."""
+            losses = named_losses(runner)
+            last = [name for name in losses if 'rpn' not in name][-1]
+            losses[last].ranked.register_forward_hook(self.see)
+
+        def see(self, module, args, ranked):
+            value = detection_average_precision(*ranked, Ranking(1.0, per_class=True))
+            self.seen.append(float(value.nanmean().nan_to_num(0.0)))
+
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            if self.first_iter is None:
+                self.first_iter = runner.iter
+                self.state = _state(runner)
+
+        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            self.logs.append({k: float(v) for k, v in outputs.items()})
+            # Decoder layers are the first calls; the last of them is what predicts.
+            layers = sum(bool(re.fullmatch(r'(d\d+\.)?loss_cls', k)) for k in outputs)
+            self.precisions.append(self.seen[max(layers, 1) - 1])
+            self.seen.clear()
+
+    return Record()
+
+
+def _same(a: Any, b: Any) -> bool:
+    import torch
+
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b))
+    return bool(a == b)
+
+
+def _run(cfg: Any, work_dir: Path) -> tuple[Any, Any]:
+    """Train as configured; return the runner and what was recorded."""
+    from mmengine.runner import Runner
+
+    cfg = cfg.copy()
+    cfg.work_dir = str(work_dir)
+    record = _recorder()
+    runner = Runner.from_cfg(cfg)
+    runner.register_hook(record)
+    runner.train()
+    return runner, record
+
+
+def _train(path: Path, data: Path, work_dir: Path, steps: int) -> dict[str, Any]:
+    """Train, evaluate, save and resume; return what was found."""
+    from rambo_det import RaMBOLoss
+    from rambo_det.checkpoint import allow_mmengine_checkpoints
+
+    cfg = _load(path, data, steps)
+    runner, record = _run(cfg, work_dir)
+    heads = {
+        type(module).__name__
+        for module in runner.model.modules()
+        if isinstance(getattr(module, 'loss_cls', None), RaMBOLoss)
+    }
+    losses = [v for log in record.logs for k, v in log.items() if 'loss' in k]
+    scalars = runner.message_hub.log_scalars
+    metrics = {
+        key.split('val/', 1)[1]: float(value.current())
+        for key, value in scalars.items()
+        if key.startswith('val/') and key.endswith(('AP50', 'mAP', 'mAP_50'))
+    }
+    result = dict(
+        heads=sorted(heads),
+        start=statistics.fmean(record.precisions[:START]),
+        end=statistics.fmean(record.precisions[-END:]),
+        finite=all(math.isfinite(value) for value in losses) and bool(losses),
+        metrics=metrics,
+    )
+
+    finished = _state(runner)
+    # mmengine's fork takes back what it allowed itself after every load.
+    allow_mmengine_checkpoints()
+    more = cfg.copy()
+    more.train_cfg = dict(cfg.train_cfg, max_iters=steps + 2, val_interval=1000)
+    more.resume, more.load_from = True, str(work_dir / f'iter_{steps}.pth')
+    more.experiment_name = f'{work_dir.name}_resumed'
+    _, again = _run(more, work_dir)
+    result['resumed'] = (
+        again.first_iter == steps
+        and len(again.logs) == 2
+        and _same(finished, again.state)
+    )
+    return result
+
+
+def _step_of_two(
+    rank: int, port: int, path: Path, data: Path, work_dir: Path, file: Path
+) -> None:
+    """Take two steps in one of two processes; the first writes whether it worked."""
+    import torch
+    import torch.distributed as dist
+
+    os.environ.update(LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        'gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2
+    )
+    cfg = _load(path, data, 2)
+    cfg.train_dataloader.batch_size = 2
+    cfg.train_cfg.val_interval = 1000
+    cfg.launcher = 'pytorch'
+    cfg.model_wrapper_cfg = dict(
+        type='MMDistributedDataParallel',
+        device_ids=None,  # on the CPU
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    )
+    runner, record = _run(cfg, work_dir)
+    parameters = torch.cat([p.detach().flatten() for p in runner.model.parameters()])
+    other = parameters.clone()
+    dist.broadcast(other, src=0)
+    equal = torch.tensor(float(torch.equal(parameters, other)))
+    dist.all_reduce(equal, op=dist.ReduceOp.MIN)
+    finite = all(math.isfinite(v) for log in record.logs for v in log.values())
+    if rank == 0:
+        file.write_text(json.dumps(bool(equal) and finite and len(record.logs) == 2))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _quietly(log: Path, function: Any, *args: Any) -> None:
+    """Run a function in this process, its output going to a file."""
+    with log.open('a') as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+        try:
+            function(*args)
+        except BaseException:
+            traceback.print_exc(file=stream)
+            raise
+
+
+def _describe(path: Path, data: Path, steps: int, file: Path) -> None:
+    import mmdet
+    import mmengine
+    import torch
+
+    versions = dict(
+        torch=torch.__version__, mmdet=mmdet.__version__, mmengine=mmengine.__version__
+    )
+    key = _key(_load(path, data, steps))
+    file.write_text(json.dumps(dict(key=key, versions=versions)))
+
+
+def _train_to(path: Path, data: Path, work_dir: Path, steps: int, file: Path) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    file.write_text(json.dumps(_train(path, data, work_dir, steps)))
+
+
+def _call(context: Any, log: Path, file: Path, *jobs: tuple[Any, ...]) -> Any:
+    """Run jobs in processes of their own; return what they wrote, or ``None``."""
+    file.unlink(missing_ok=True)
+    processes = [context.Process(target=_quietly, args=(log, *job)) for job in jobs]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes) or not file.is_file():
+        return None
+    return json.loads(file.read_text())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return int(probe.getsockname()[1])
+
+
+def _context() -> Any:
+    """Return processes that start with everything imported, and nothing else."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(
+        ['tools.common.shrink_config', 'mmdet.apis', 'rambo_det']
+    )
+    return context
+
+
+def describe(path: Path, data: Path, folder: Path, steps: int) -> dict[str, Any] | None:
+    """Return the ``key`` of what a config trains, and the versions it runs on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / 'part.json'
+    job = (_describe, path, data, steps, file)
+    return _call(_context(), folder / 'output.log', file, job)
+
+
+def check(path: Path, data: Path, folder: Path, steps: int) -> dict[str, Any]:
+    """Check one config and return what was found."""
+    context = _context()
+    log, file = folder / 'output.log', folder / 'part.json'
+    begin = time.monotonic()
+    training = (_train_to, path, data, folder / 'run', steps, file)
+    found = _call(context, log, file, training) or {}
+    port = _free_port()
+    pair = [
+        (_step_of_two, rank, port, path, data, folder / 'two', file) for rank in (0, 1)
+    ]
+    if found:
+        found['two_processes'] = bool(_call(context, log, file, *pair))
+    found['seconds'] = round(time.monotonic() - begin)
+    found['ok'] = passed(found)
+    return found
+
+
+def rose(found: dict[str, Any]) -> bool:
+    """Whether AP gained the required share of what was missing at the start."""
+    return bool(found['end'] - found['start'] >= SHARE * (1 - found['start']))
+
+
+def passed(found: dict[str, Any]) -> bool:
+    """Whether all checks of a config passed."""
+    return bool(
+        'end' in found
+        and found['finite']
+        and rose(found)
+        and found['metrics']
+        and found['resumed']
+        and found['two_processes']
+    )
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the Markdown table of a results file; failed configs are not in it."""
+    rows = [['config', 'heads', 'class AP', 'evaluated', 'resumed', 'two processes']]
+    groups: dict[str, list[str]] = {}
+    for name, found in sorted(results.items()):
+        if found.get('ok'):
+            groups.setdefault(found['key'], []).append(name)
+    for names in groups.values():
+        found = results[names[0]]
+        answers = (bool(found['metrics']), found['resumed'], found['two_processes'])
+        rows.append(
+            [
+                '<br>'.join(f'`{name}`' for name in names),
+                ', '.join(f'`{head}`' for head in found['heads']),
+                f'{found["start"]:.2f} → {found["end"]:.2f}',
+                *('yes' if answer else 'no' for answer in answers),
+            ]
+        )
+    return markdown_table(rows, text_columns=range(6))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--only', nargs='+', default=[''], help='parts of the names')
+    parser.add_argument('--steps', type=int, default=STEPS)
+    parser.add_argument('--out', type=Path, default=RESULTS, help='results file')
+    parser.add_argument('--work-dir', type=Path, help='kept; default: a temporary one')
+    parser.add_argument('--table-only', action='store_true')
+    parser.add_argument('--update', type=Path, help='page that gets the table')
+    args = parser.parse_args(argv)
+    if args.update:  # not only after minutes of training
+        try:
+            split_page(args.update, *MARKS)
+        except ValueError as error:
+            parser.error(str(error))
+    results: dict[str, Any] = {}
+    if args.out.is_file():
+        results = json.loads(args.out.read_text())['results']
+    if args.table_only:
+        print(table(results))
+        if args.update:
+            update_page(args.update, *MARKS, table(results))
+        return
+    names = {path: f'{path.parent.name}/{path.stem}' for path in configs()}
+    chosen = [p for p, name in names.items() if any(part in name for part in args.only)]
+    if not chosen:
+        parser.error(f'--only {" ".join(args.only)}: no shipped config has such a name')
+
+    from tools.dataset_tools.make_demo_voc import generate, write_coco
+
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+    work_dir = args.work_dir or Path(tempfile.mkdtemp(prefix='check_detectors'))
+    data = (work_dir / 'data').resolve()
+    generate(data, train=IMAGES, test=4)
+    write_coco(data)
+    failed = []
+    done: dict[str, dict[str, Any]] = {}
+    versions: dict[str, str] = {}
+    for number, path in enumerate(chosen, start=1):
+        name = names[path]
+        print(f'[{number}/{len(chosen)}] {name} ...', end=' ', flush=True)
+        folder = work_dir / name
+        steps = args.steps * SLOW.get(path.stem.split('_')[0], 1)
+        found = describe(path, data, folder, steps)
+        if found is not None and found['key'] in done:
+            found = done[found['key']]
+            print('same as before when shrunken')
+        elif found is None:
+            found = dict(ok=False)
+            print(f'FAILED, see {folder}/output.log')
+        else:
+            versions = found.pop('versions')
+            found.update(check(path, data, folder, steps), steps=steps)
+            done[found['key']] = found
+            ap = f'{found["start"]:.2f} -> {found["end"]:.2f}' if 'end' in found else ''
+            state = 'ok' if found['ok'] else f'FAILED, see {folder}/output.log'
+            print(f'class AP {ap} ({found["seconds"]} s) {state}')
+        results[name] = found
+        if not found['ok']:
+            failed.append(name)
+        settings = dict(images=IMAGES, lr=LR, **versions)
+        content = dict(settings=settings, results=dict(sorted(results.items())))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(args.out) as draft:
+            draft.write_text(json.dumps(content, indent=1) + '\n')
+    print(f'\n{table(results)}')
+    if args.update:
+        update_page(args.update, *MARKS, table(results))
+    if failed:
+        sys.exit(f'check_detectors: {len(failed)} failed: {", ".join(failed)}')
+
+
+if __name__ == '__main__':
+    main()
