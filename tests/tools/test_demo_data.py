@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from pathlib import Path
 from xml.etree import ElementTree
 
 import cv2
@@ -17,17 +16,17 @@ TRAIN, TEST, SIZE = 40, 24, (128, 96)
 
 
 @pytest.fixture(scope='module')
-def data(tmp_path_factory) -> Path:
+def data(tmp_path_factory):
     root = tmp_path_factory.mktemp('demo') / 'voc'
     assert make_demo_voc.generate(root, TRAIN, TEST, SIZE, seed=3)
     return root
 
 
-def _ids(root: Path, split: str) -> list[str]:
+def _ids(root, split):
     return (root / 'ImageSets' / 'Main' / f'{split}.txt').read_text().split()
 
 
-def _objects(root: Path, name: str) -> list[ElementTree.Element]:
+def _objects(root, name):
     tree = ElementTree.parse(root / 'Annotations' / f'{name}.xml')
     return tree.getroot().findall('object')
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,13 +24,13 @@ from tools.experiments import compare
 
 
 @pytest.fixture(scope='module')
-def data(tmp_path_factory) -> Path:
+def data(tmp_path_factory):
     root = tmp_path_factory.mktemp('demo') / 'voc'
     make_demo_voc.generate(root, train=1, test=16, size=(128, 96))
     return root
 
 
-def _dump(data: Path, path: Path, noise: float) -> Path:
+def _dump(data, path, noise):
     """Dumps predictions as tools/test.py does: the truth, disturbed."""
     rng = np.random.default_rng(0)
     scenes = make_demo_voc.iter_scenes('test', 16, (128, 96), seed=0)
@@ -67,14 +66,14 @@ def load(data, tmp_path, monkeypatch):
     """Loads a run of the demo's config with the given disturbance."""
     monkeypatch.setenv(demo.DATA_VARIABLE, str(data))
 
-    def load(noise: float, name: str = '') -> plot_results.Run:
+    def load(noise, name=''):
         path = _dump(data, tmp_path / f'predictions{noise}.pkl', noise)
         return plot_results.load_run(RAMBO, path, name)
 
     return load
 
 
-def _is_png(path: Path) -> bool:
+def _is_png(path):
     return path.stat().st_size > 5000 and path.read_bytes()[:4] == b'\x89PNG'
 
 
@@ -208,7 +207,7 @@ def test_demo_passes_only_with_the_required_ap(
     load(noise)
     work_dir = tmp_path / 'work'
 
-    def run(step: str, command: list[str]) -> None:
+    def run(step, command):
         if 'train.py' in command[1]:
             (work_dir / 'run').mkdir(parents=True)
             (work_dir / 'run' / 'run.log').write_text('')

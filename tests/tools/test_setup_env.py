@@ -14,8 +14,6 @@ import sys
 import time
 import zipfile
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Iterator
 
 import pytest
 
@@ -31,7 +29,7 @@ needs_python_311 = pytest.mark.skipif(
 
 
 @pytest.fixture
-def env() -> Iterator[ModuleType]:
+def env():
     """The program as a module; what main() does to signals is undone."""
     spec = importlib.util.spec_from_file_location('setup_env', SCRIPT)
     assert spec is not None and spec.loader is not None
@@ -44,7 +42,7 @@ def env() -> Iterator[ModuleType]:
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(tmp_path):
     """A checkout with pins of its own."""
     folder = tmp_path / 'checkout'
     (folder / 'requirements').mkdir(parents=True)
@@ -57,7 +55,7 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch):
     """An empty cache, which is also what the environment variable names."""
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'xdg'))
     folder = tmp_path / 'xdg' / 'rambo_det'
@@ -65,13 +63,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def write_wheel(path: Path) -> None:
+def write_wheel(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, 'w') as wheel:
         wheel.writestr('mmcv/_ext.so', 'x' * 1000)
 
 
-def finish(env: ModuleType, root: Path, stack: str) -> Path:
+def finish(env, root, stack):
     """Fake a finished environment."""
     venv = root / env.VENVS[stack]
     (venv / 'bin').mkdir(parents=True)
@@ -80,45 +78,39 @@ def finish(env: ModuleType, root: Path, stack: str) -> Path:
     return venv
 
 
-def make_setup(env: ModuleType, root: Path, cache: Path) -> Any:
+def make_setup(env, root, cache):
     with open(os.devnull) as lock:
         setup = env.Setup(root, cache, 'onedl', os.dup(lock.fileno()))
     setup.python = sys.executable
     return setup
 
 
-def refuse(*_: Any, **__: Any) -> None:
+def refuse(*_, **__):
     raise AssertionError('the set-up ran something')
 
 
 # Names
 
 
-def test_cache_is_outside_the_checkout_and_follows_xdg(
-    env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_cache_is_outside_the_checkout_and_follows_xdg(env, monkeypatch, tmp_path):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     assert env.cache_root() == tmp_path / 'rambo_det'
     monkeypatch.setenv('XDG_CACHE_HOME', '')
     assert env.cache_root() == Path.home() / '.cache' / 'rambo_det'
 
 
-def test_wheel_tag_tells_torch_builds_apart(env: ModuleType) -> None:
+def test_wheel_tag_tells_torch_builds_apart(env):
     assert env.wheel_tag('2.13.0+cpu') == 'cp311-torch2.13.0+cpu'
     assert env.wheel_tag('2.13.0+cu130', cuda=True) == 'cp311-torch2.13.0+cu130-cuda'
 
 
-def test_mmcv_pin_is_the_requirement_and_not_the_comment(
-    env: ModuleType, root: Path
-) -> None:
+def test_mmcv_pin_is_the_requirement_and_not_the_comment(env, root):
     assert env.mmcv_pin(root, 'mmdet') == 'mmcv==2.1.0'
     assert env.mmcv_pin(root, 'onedl') == PIN
 
 
 @pytest.mark.parametrize('stack', ['mmdet', 'onedl'])
-def test_the_pins_are_exact_and_name_no_torchvision(
-    env: ModuleType, stack: str
-) -> None:
+def test_the_pins_are_exact_and_name_no_torchvision(env, stack):
     assert env.mmcv_pin(env.ROOT, stack)
     for name in ('build', 'runtime', stack, 'dev'):
         for line in env.pins(env.ROOT, name).read_text().splitlines():
@@ -127,7 +119,7 @@ def test_the_pins_are_exact_and_name_no_torchvision(
                 assert not line.startswith(('torchvision', 'opencv-python=')), line
 
 
-def test_duration(env: ModuleType) -> None:
+def test_duration(env):
     assert env.duration(14.9) == '14 s'
     assert env.duration(605) == '10 min 05 s'
 
@@ -146,8 +138,8 @@ def test_duration(env: ModuleType) -> None:
     ],
 )
 def test_stamp_follows_the_pins_of_its_stack(
-    env: ModuleType, root: Path, name: str, base_changes: bool, rest_changes: bool
-) -> None:
+    env, root, name, base_changes, rest_changes
+):
     base, rest = env.stamp(root, 'mmdet')
     assert [base, rest] == env.stamp(root, 'mmdet')
     with env.pins(root, name).open('a') as pins:
@@ -157,9 +149,7 @@ def test_stamp_follows_the_pins_of_its_stack(
     assert (changed[1] != rest) == rest_changes
 
 
-def test_stamp_follows_version_place_and_python(
-    env: ModuleType, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stamp_follows_version_place_and_python(env, root, monkeypatch):
     stamps = {tuple(env.stamp(root, stack)) for stack in env.VENVS}
     monkeypatch.setattr(env, 'VERSION', env.VERSION + 1)
     stamps.add(tuple(env.stamp(root, 'mmdet')))
@@ -170,9 +160,7 @@ def test_stamp_follows_version_place_and_python(
     assert len(stamps) == 5
 
 
-def test_an_environment_without_stamp_or_python_is_unfinished(
-    env: ModuleType, root: Path
-) -> None:
+def test_an_environment_without_stamp_or_python_is_unfinished(env, root):
     venv = finish(env, root, 'mmdet')
     assert env.found_stamp(venv) == env.stamp(root, 'mmdet')
     (venv / 'bin' / 'python').unlink()
@@ -181,13 +169,7 @@ def test_an_environment_without_stamp_or_python_is_unfinished(
     assert env.found_stamp(root / 'nowhere') == []
 
 
-def test_second_run_does_nothing(
-    env: ModuleType,
-    root: Path,
-    cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
+def test_second_run_does_nothing(env, root, cache, monkeypatch, capsys):
     finish(env, root, 'onedl')
     monkeypatch.setattr(env, 'ROOT', root)
     for name in ('Popen', 'check_output'):
@@ -201,19 +183,12 @@ def test_second_run_does_nothing(
 
 
 @pytest.mark.parametrize(('edited', 'anew'), [('dev', False), ('build', True)])
-def test_changed_pins_update_or_renew(
-    env: ModuleType,
-    root: Path,
-    cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    edited: str,
-    anew: bool,
-) -> None:
+def test_changed_pins_update_or_renew(env, root, cache, monkeypatch, edited, anew):
     venv = finish(env, root, 'onedl')
     env.pins(root, edited).write_text('other==2\n')
     steps = []
 
-    def step(_: Any, title: str, *__: str, **___: str) -> None:
+    def step(_, title, *__, **___):
         assert not (venv / env.STAMP).exists()  # interrupted here, it is unfinished
         steps.append(title)
 
@@ -225,9 +200,7 @@ def test_changed_pins_update_or_renew(
     assert env.found_stamp(venv) == env.stamp(root, 'onedl')
 
 
-def test_someone_elses_environment_is_left_alone(
-    env: ModuleType, root: Path, cache: Path
-) -> None:
+def test_someone_elses_environment_is_left_alone(env, root, cache):
     (root / '.venv-onedl').mkdir()
     (root / '.venv-onedl' / 'pyvenv.cfg').write_text('version = 3.11.7\n')
     with pytest.raises(env.SetupError, match='did not make') as caught:
@@ -238,19 +211,13 @@ def test_someone_elses_environment_is_left_alone(
 # What is missing
 
 
-def run_main(env: ModuleType, root: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+def run_main(env, root, monkeypatch):
     monkeypatch.setattr(env, 'ROOT', root)
     monkeypatch.setattr(env.subprocess, 'Popen', refuse)
     return int(env.main(['--stack', 'mmdet']))
 
 
-def test_wrong_python(
-    env: ModuleType,
-    root: Path,
-    cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
+def test_wrong_python(env, root, cache, monkeypatch, capsys):
     monkeypatch.setattr(env.sys, 'version_info', (3, 12, 1, 'final', 0))
     monkeypatch.setattr(env.platform, 'python_version', lambda: '3.12.1')
     assert run_main(env, root, monkeypatch) == 2
@@ -260,13 +227,7 @@ def test_wrong_python(
 
 
 @needs_python_311
-def test_no_ensurepip(
-    env: ModuleType,
-    root: Path,
-    cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
+def test_no_ensurepip(env, root, cache, monkeypatch, capsys):
     specs = {'venv': object(), 'ensurepip': None}
     monkeypatch.setattr(env.importlib.util, 'find_spec', specs.get)
     assert run_main(env, root, monkeypatch) == 2
@@ -276,13 +237,7 @@ def test_no_ensurepip(
 
 
 @needs_python_311
-def test_no_compiler(
-    env: ModuleType,
-    root: Path,
-    cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
+def test_no_compiler(env, root, cache, monkeypatch, capsys):
     monkeypatch.setenv('PATH', '')
     monkeypatch.delenv('CC', raising=False)
     monkeypatch.setenv('CXX', 'my-c++ -m64')
@@ -300,18 +255,14 @@ def test_no_compiler(
 
 
 @needs_python_311
-def test_no_headers(
-    env: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
+def test_no_headers(env, monkeypatch, tmp_path):
     monkeypatch.setattr(env.shutil, 'which', lambda name: name)
     monkeypatch.setattr(env.sysconfig, 'get_paths', lambda: {'include': str(tmp_path)})
     with pytest.raises(env.SetupError, match=r'Python\.h.*python3\.11-dev'):
         env.check_compiler()
 
 
-def test_full_disk(env: ModuleType, tmp_path: Path) -> None:
+def test_full_disk(env, tmp_path):
     env.check_disk(tmp_path, 0)
     with pytest.raises(env.SetupError, match=r'GiB free, but .* 1000000 GiB'):
         env.check_disk(tmp_path, 10**6)
@@ -320,7 +271,7 @@ def test_full_disk(env: ModuleType, tmp_path: Path) -> None:
 # The wheel
 
 
-def test_only_a_complete_wheel_counts(env: ModuleType, tmp_path: Path) -> None:
+def test_only_a_complete_wheel_counts(env, tmp_path):
     wheel = tmp_path / WHEEL
     assert env.find_wheel(tmp_path, PIN) is None
     write_wheel(wheel)
@@ -332,9 +283,7 @@ def test_only_a_complete_wheel_counts(env: ModuleType, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def builder(
-    env: ModuleType, root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> Any:
+def builder(env, root, cache, monkeypatch):
     """A set-up with a torch, a compiler, and no pip."""
     probe = b'a warning first\n2.13.0+cpu 0\n'
     monkeypatch.setattr(env.subprocess, 'check_output', lambda *_, **__: probe)
@@ -342,12 +291,10 @@ def builder(
     return make_setup(env, root, cache)
 
 
-def test_a_built_wheel_moves_into_the_cache(
-    env: ModuleType, builder: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_built_wheel_moves_into_the_cache(env, builder, cache, monkeypatch):
     folder = cache / 'wheels' / 'cp311-torch2.13.0+cpu'
 
-    def build(_: str, __: str, *command: str, **env: str) -> None:
+    def build(_, __, *command, **env):
         assert command[-1] == PIN
         assert env['MMCV_WITH_OPS'] == '1'
         assert env['CUDA_VISIBLE_DEVICES'] == ''
@@ -362,12 +309,12 @@ def test_a_built_wheel_moves_into_the_cache(
 
 
 def test_an_interrupted_build_leaves_no_wheel_and_the_next_recovers(
-    env: ModuleType, builder: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    env, builder, cache, monkeypatch
+):
     folder = cache / 'wheels' / 'cp311-torch2.13.0+cpu'
     work = folder / f'.build-{PIN}'
 
-    def interrupted(*_: str, **__: str) -> None:
+    def interrupted(*_, **__):
         (work / 'out').mkdir()
         (work / 'out' / WHEEL).write_bytes(b'PK half a wheel')
         raise KeyboardInterrupt
@@ -386,17 +333,15 @@ def test_an_interrupted_build_leaves_no_wheel_and_the_next_recovers(
 
 
 def test_a_build_that_outlived_its_setup_is_not_repeated(
-    env: ModuleType, builder: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    env, builder, cache, monkeypatch
+):
     folder = cache / 'wheels' / 'cp311-torch2.13.0+cpu'
     write_wheel(folder / f'.build-{PIN}' / 'out' / WHEEL)
     monkeypatch.setattr(builder, 'run', refuse)
     assert builder.mmcv_wheel() == folder / WHEEL
 
 
-def test_a_build_without_a_wheel_is_reported(
-    env: ModuleType, builder: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_build_without_a_wheel_is_reported(env, builder, monkeypatch):
     monkeypatch.setattr(builder, 'run', lambda *_, **__: None)
     with pytest.raises(env.SetupError, match='left no wheel') as caught:
         builder.mmcv_wheel()
@@ -406,13 +351,7 @@ def test_a_build_without_a_wheel_is_reported(
 # Steps
 
 
-def test_a_step_shows_that_it_lives(
-    env: ModuleType,
-    root: Path,
-    cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
+def test_a_step_shows_that_it_lives(env, root, cache, monkeypatch, capsys):
     monkeypatch.setattr(env, 'REPORT_EVERY', 0.3)
     code = 'import time; print("[7/77] c++ x.cpp", flush=True); time.sleep(0.8)'
     make_setup(env, root, cache).run('compiling', 'hint', sys.executable, '-c', code)
@@ -421,9 +360,7 @@ def test_a_step_shows_that_it_lives(
     assert ', 7 of 77 files compiled\n' in out
 
 
-def test_a_failed_step_shows_the_end_of_the_log_and_a_hint(
-    env: ModuleType, root: Path, cache: Path
-) -> None:
+def test_a_failed_step_shows_the_end_of_the_log_and_a_hint(env, root, cache):
     setup = make_setup(env, root, cache)
     setup.log.write_text('of an earlier step\n')
     code = 'for i in range(100): print("line", i)\nraise SystemExit(3)'
@@ -436,7 +373,7 @@ def test_a_failed_step_shows_the_end_of_the_log_and_a_hint(
     assert str(setup.log) in message and message.endswith('Do this.')
 
 
-def alive(pid: int) -> bool:
+def alive(pid):
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -446,9 +383,7 @@ def alive(pid: int) -> bool:
     return not stat.exists() or stat.read_text().rpartition(')')[2].split()[0] != 'Z'
 
 
-def test_an_interrupted_step_ends_with_all_it_started(
-    env: ModuleType, root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_step_ends_with_all_it_started(env, root, cache, monkeypatch):
     setup = make_setup(env, root, cache)
     pids = cache / 'pids'
     code = (
@@ -460,7 +395,7 @@ def test_an_interrupted_step_ends_with_all_it_started(
     )
     monkeypatch.setattr(env, 'REPORT_EVERY', 0.1)
 
-    def ctrl_c(text: str) -> None:
+    def ctrl_c(text):
         if pids.exists():
             raise KeyboardInterrupt
 
@@ -475,17 +410,14 @@ def test_an_interrupted_step_ends_with_all_it_started(
 
 
 def test_a_second_setup_waits_for_the_first_and_for_what_it_left(
-    env: ModuleType,
-    cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
+    env, cache, monkeypatch, capsys
+):
     path = cache / 'setup.lock'
     with env.locked(path) as lock:
         left = subprocess.Popen(['sleep', '60'], pass_fds=(lock,))
     naps = []
 
-    def nap(seconds: float) -> None:
+    def nap(seconds):
         naps.append(seconds)
         left.kill()
         left.wait()
@@ -496,5 +428,5 @@ def test_a_second_setup_waits_for_the_first_and_for_what_it_left(
     assert f'holds {path}' in capsys.readouterr().out
 
 
-def test_it_parses_under_older_pythons() -> None:
+def test_it_parses_under_older_pythons():
     ast.parse(SCRIPT.read_text(), feature_version=(3, 6))
