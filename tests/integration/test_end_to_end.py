@@ -39,7 +39,15 @@ def trained(tmp_path_factory):
     """A data folder, and a work folder with one epoch of training in it."""
     data = tmp_path_factory.mktemp('data') / 'shapes'
     work_dir = tmp_path_factory.mktemp('work')
-    run('make_demo_voc.py', '--out', str(data), '--train', '12', '--test', '6')
+    run(
+        'dataset_tools/make_demo_voc.py',
+        '--out',
+        str(data),
+        '--train',
+        '12',
+        '--test',
+        '6',
+    )
     environment = dict(RAMBO_DEMO_DATA=str(data))
     log = run('train.py', *train_arguments(work_dir, epochs=1), **environment)
     assert 'class_ap' in log and 'pooled_ap' in log

@@ -1,5 +1,6 @@
 """The package imports with and without mmdet; tools find mmdet's scripts."""
 
+import os
 import subprocess
 import sys
 
@@ -84,16 +85,46 @@ assert 'ap_loss' in baselines.__all__ and 'RivalLoss' not in baselines.__all__
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize('name', ['train', 'test'])
-def test_tools_run_the_scripts_of_mmdet(name):
-    pytest.importorskip('mmdet', reason='runs the scripts of mmdet')
+SCRIPTS = [
+    str(path.relative_to(ROOT))
+    for path in sorted(ROOT.glob('tools/**/*.py'))
+    if "__name__ == '__main__'" in path.read_text(encoding='utf-8')
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_every_tool_runs_from_anywhere(script, tmp_path):
+    """Without an installed package, too; mmdet's own scripts answer for ours."""
+    pytest.importorskip('mmdet', reason='most tools need mmdet')
+    environment = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
     result = subprocess.run(
-        [sys.executable, '-W', 'ignore', str(ROOT / 'tools' / f'{name}.py'), '--help'],
+        [sys.executable, '-W', 'ignore', ROOT / script, '--help'],
         capture_output=True,
         text=True,
+        cwd=tmp_path,
+        env=environment,
     )
     assert result.returncode == 0, result.stderr
-    assert '--cfg-options' in result.stdout
+    mmdets = script in ('tools/train.py', 'tools/test.py')
+    assert ('--work-dir WORK_DIR' in result.stdout) >= mmdets
+
+
+@pytest.mark.parametrize('name', ['train', 'test'])
+def test_our_scripts_hide_no_module_of_the_standard_library(name):
+    """Python puts their folder on the path, where a ``test.py`` is."""
+    pytest.importorskip('mmdet', reason='runs the scripts of mmdet')
+    code = f"""
+import runpy
+sys.path.insert(0, {str(ROOT / 'tools')!r})
+sys.argv = ['script', '--help']
+try:
+    runpy.run_path({str(ROOT / 'tools' / f'{name}.py')!r}, run_name='__main__')
+except SystemExit:
+    import test.support
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
 
 
 def test_tools_say_when_mmdet_is_missing():

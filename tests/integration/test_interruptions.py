@@ -30,7 +30,15 @@ def config(tmp_path_factory):
     """The demo with everything that has a state, and its data."""
     folder = tmp_path_factory.mktemp('interrupted')
     data = folder / 'shapes'
-    run('make_demo_voc.py', '--out', str(data), '--train', '12', '--test', '2')
+    run(
+        'dataset_tools/make_demo_voc.py',
+        '--out',
+        str(data),
+        '--train',
+        '12',
+        '--test',
+        '2',
+    )
     path = folder / 'config.py'
     path.write_text(
         textwrap.dedent(f"""
