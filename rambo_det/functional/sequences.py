@@ -1,5 +1,6 @@
 """The sequences of a score matrix: which entries are ranked against each other."""
 
+from functools import lru_cache
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -64,7 +65,7 @@ class Kinds:
     def __init__(
         self, rows: int, columns: int, rankings: Sequence[Ranking], device: torch.device
     ) -> None:
-        self.columns = columns
+        self.rows, self.columns = rows, columns
         self.width = columns if any(of.per_class for of in rankings) else 1
         self.column = torch.arange(columns, device=device).remainder_(self.width)
         self._tiles: Dict[int, Tensor] = {}
@@ -91,6 +92,19 @@ class Kinds:
             torch.cat([*sequences, self.column.new_tensor([of.num_sequences(columns)])])
             for of, sequences in zip(rankings, found)
         ]
+
+    @classmethod
+    def of(
+        cls,
+        rows: int,
+        columns: int,
+        rankings: Sequence[Ranking],
+        device: torch.device,
+    ) -> 'Kinds':
+        """Return the kinds; those of the sizes before are still known."""
+        ungrouped = all(ranking.groups is None for ranking in rankings)
+        make = _known_kinds if ungrouped else cls
+        return make(rows, columns, tuple(rankings), device)
 
     def _sequences(self, ranking: Ranking, size: int, covers: bool) -> Tensor:
         """Return the sequences in a ranking of the kinds of a segment with groups."""
@@ -124,6 +138,8 @@ class Kinds:
         column = self.column.index_select(0, index - row * self.columns)
         for each in self.segments:
             own = column + each.first_kind
+            if each.groups is None and (each.first, each.end) == (0, self.rows):
+                return own
             if each.groups is not None:
                 place = (row - each.first).clamp(0, len(each.groups) - 1)
                 own += each.groups.index_select(0, place) * self.width
@@ -144,3 +160,7 @@ class Kinds:
             total = total.index_add_(0, groups, rows).expand(-1, self.columns)
             found.append((total if self.width > 1 else total.sum(1)).reshape(-1))
         return torch.cat([*found, self.column.new_zeros(1)])
+
+
+# In a training, sizes repeat. Without groups, kinds depend on nothing else.
+_known_kinds = lru_cache(maxsize=8)(Kinds)

@@ -49,7 +49,7 @@ class _Ordered:
         finite = self.ascending.nan_to_num(0.0).clamp_(-1e30, 1e30)
         if not len(finite):
             finite = finite.new_zeros(1)
-        self.low, high = (end.item() for end in finite.aminmax())
+        self.low, high = finite[0].item(), finite.max().item()
         wanted = min(64 * len(finite), 2**16)
         least = max(abs(self.low), abs(high), 1e-24) * 1e-6  # what float32 can tell
         width = max((high - self.low) / wanted, least)
@@ -94,10 +94,7 @@ class _Places(NamedTuple):
     number: Tensor  # (S + 1,) how many each sequence has
     among: Tensor  # (P,) rank among those of the sequence, 1 = highest
     above: Tensor  # (P,) how many negatives of the sequence are above
-
-    @property
-    def rank(self) -> Tensor:
-        return self.among + self.above
+    rank: Tensor  # (P,) rank among all entries of the sequence
 
 
 class _Move(NamedTuple):
@@ -132,7 +129,7 @@ class _Solver:
         )
         self.rankings, self.positives, self.past = rankings, positives, past
         rows = [len(scores), *(len(of.scores) for of in past)]
-        self.kinds = Kinds(sum(rows), self.columns, rankings, scores.device)
+        self.kinds = Kinds.of(sum(rows), self.columns, rankings, scores.device)
         self.chunks = Chunks(scores, exists, positives, self.kinds, shift)
         self.exists = self._exists(exists, rows)
         found, index = [self.chunks.scores_of_positives], [positives]
@@ -146,7 +143,7 @@ class _Solver:
         self.own = [of.index_select(0, kind) for of in self.kinds.sequences]
         self.sizes = [of.num_sequences(self.columns) + 1 for of in rankings]
         self.floors = self._lowest()
-        self.index: List[Tensor] = []  # of the negatives of each chunk, int32
+        self.index: List[Tensor] = []  # of the negatives of each chunk
         self.negatives: List[Negatives] = []  # of each chunk, if positives will move
         self.moves = any(of.lambd < float('inf') for of in rankings)
         self.before = self._place(self.scores, self._find)
@@ -174,7 +171,7 @@ class _Solver:
     def _find(self, number: int) -> Negatives:
         """Find the negatives of a chunk that are not below all positives of theirs."""
         index, found = self.chunks.negatives(number, self.floors)
-        self.index.append(index.int())
+        self.index.append(index if len(self.chunks) == 1 else index.int())
         if self.moves:
             self.negatives.append(found)
         return found
@@ -203,7 +200,7 @@ class _Solver:
         above = total.index_select(0, own) - negatives[own, positives.below]
         if len(own) and self.past and self.rankings[number].num_rows is None:
             above += self._past_above(placed.scores, number, among)
-        return _Places(count, among, above)
+        return _Places(count, among, above, among + above)
 
     def _past_above(self, scores: Tensor, number: int, among: Tensor) -> Tensor:
         """Count the past negatives above each positive in its sequence, (P,)."""
