@@ -56,7 +56,7 @@ class Chunks:
         kinds: Kinds,
         shift: Shift,
     ) -> None:
-        self._columns, self._exists = max(scores.size(1), 1), exists
+        self._columns, self._exists = scores.size(1), exists
         self._positives, self._kinds, self._shift = positives, kinds, shift
         self._scores = scores.detach().contiguous().view(-1)
         self._chunks = self._cut(len(scores))
@@ -74,7 +74,7 @@ class Chunks:
 
     def _cut(self, count: int) -> List[_Chunk]:
         """Cut the first ``count`` rows into chunks, each within one segment."""
-        step, found = max(1, CHUNK // self._columns), []
+        step, found = max(1, CHUNK // max(self._columns, 1)), []
         for segment in self._kinds.segments:
             end = min(segment.end, count)
             rows = [*range(segment.first, end, step), end]
@@ -118,7 +118,7 @@ class Chunks:
         scores.index_fill_(0, own, float('nan'))
         if self._exists is not None:
             missing = ~self._exists[rows]
-            scores.view(-1, self._columns).masked_fill_(missing, float('nan'))
+            scores.view(len(missing), self._columns).masked_fill_(missing, float('nan'))
         kinds = self._kinds.of_rows(segment, rows)
         index = reaching(scores, self._floor(segment, kinds, floors))
         return index, Negatives(

@@ -46,7 +46,7 @@ class Past:
         """
         if self._sorted is None:
             rows, columns = self.scores.shape
-            ordered = self.scores.t().contiguous()
+            ordered = self.scores.t().clone(memory_format=torch.contiguous_format)
             missing = self.labels < 0
             ordered.masked_fill_(missing, float('-inf'))
             index = self.positives()

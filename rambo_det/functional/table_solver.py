@@ -62,6 +62,10 @@ class _Ordered:
         width = max((high - self.low) / wanted, least)
         self.top, self.scale = high + 2 * width, 1 / width
         filled = torch.bincount(self._bins(finite), minlength=wanted + 4)
+        if (
+            len(order) and not self.ascending[-1] <= high
+        ):  # huge ones are anywhere there
+            filled[int(self._bins(finite[-1:])) :] = 1
         # The number P + 1, which no gap has, marks a bin with a positive.
         self.gap_of_bin = filled.cumsum(0).masked_fill_(filled > 0, self.gaps).int()
 
@@ -346,17 +350,25 @@ def suits(
     It cannot if two rankings group rows differently, or if a ranking takes past rows
     and is grouped or does not take all rows.
     """
+    if not _can_rank(len(scores), rankings, past):
+        return False
+    groups = [of.num_groups for of in rankings if of.groups is not None]
+    width = scores.size(1) if any(of.per_class for of in rankings) else 1
+    cells = (1 + max(groups, default=0)) * width * (len(positives) + 1)
+    return cells <= max(2 * scores.numel(), 2**14)
+
+
+def _can_rank(rows: int, rankings: Sequence[Ranking], past: Sequence[Past]) -> bool:
+    """Return whether groups are the same, and past rows ungrouped and all or none."""
     for of in rankings:
         all_rows = of.num_rows is None and of.groups is None and of.first_row == 0
-        if past and not all_rows and of.rows(len(scores) + 1)[1] > len(scores):
+        if past and not all_rows and of.rows(rows + 1)[1] > rows:
             return False
     groups = [(of.groups, of[3:]) for of in rankings if of.groups is not None]
-    for (one, rest), (other, others) in zip(groups, groups[1:]):
-        if rest != others or not (one is other or torch.equal(one, other)):
-            return False
-    width = scores.size(1) if any(of.per_class for of in rankings) else 1
-    kinds = (1 + max([size for _, (size, *_) in groups], default=0)) * width
-    return kinds * (len(positives) + 1) <= max(2 * scores.numel(), 2**14)
+    return all(
+        rest == others and (one is other or torch.equal(one, other))
+        for (one, rest), (other, others) in zip(groups, groups[1:])
+    )
 
 
 def table_ap_loss(
@@ -377,6 +389,11 @@ def table_ap_loss(
     and with their own margin. Returns for each ranking the losses (S,), and (S,) True
     where there is a positive.
     """
+    if not _can_rank(len(scores), rankings, past):
+        raise ValueError(
+            "solver='table' ranks the rows of one grouping, and past rows only in "
+            "rankings of all rows; use solver=None, which chooses, or 'sort'"
+        )
     solver = _Solver(scores, positives, exists, rankings, shift, past)
     losses = _APLoss.apply(scores, solver, together)
     return [(loss, of.number[:-1] > 0) for loss, of in zip(losses, solver.places)]
