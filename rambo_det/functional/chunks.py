@@ -5,7 +5,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from .margin import CHUNK, Shift
+from .margin import CHUNK, Shift, plus
 from .sequences import Kinds, Segment
 
 
@@ -113,7 +113,7 @@ class Chunks:
             Their indices in the chunk, (m,), int64, and their scores and kinds.
         """
         segment, rows, entries, positives = self._chunks[number]
-        scores = self._scores[entries] + self._shift.of_chunk(number, entries)
+        scores = plus(self._scores[entries], self._shift.of_chunk(number, entries))
         own = self._positives[positives] - entries.start
         scores.index_fill_(0, own, float('nan'))
         if self._exists is not None:
