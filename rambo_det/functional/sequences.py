@@ -129,14 +129,16 @@ class Kinds:
 
     def of_rows(self, segment: Segment, rows: slice) -> Tensor:
         """Return the kinds of all entries of some rows of a segment, flat, int32."""
-        kinds, count = self.column.int() + segment.first_kind, rows.stop - rows.start
-        if segment.groups is not None:
-            groups = segment.groups[rows.start - segment.first :][:count].int()
-            return (kinds + groups.unsqueeze(1) * self.width).view(-1)
-        known = self._tiles.get(segment.first_kind, kinds)
-        if len(known) < count * self.columns:
-            known = self._tiles[segment.first_kind] = kinds.repeat(count)
-        return known[: count * self.columns]
+        count = rows.stop - rows.start
+        known = self._tiles.get(segment.first_kind, self.column[:0])
+        if segment.groups is None and len(known) >= count * self.columns:
+            return known[: count * self.columns]
+        kinds = self.column.int() + segment.first_kind
+        if segment.groups is None:
+            self._tiles[segment.first_kind] = kinds = kinds.repeat(count)
+            return kinds
+        groups = segment.groups[rows.start - segment.first :][:count].int()
+        return (kinds + groups.unsqueeze(1) * self.width).view(-1)
 
     def of_entries(self, index: Tensor) -> Tensor:
         """Return the kinds of entries, given as flat indices."""
