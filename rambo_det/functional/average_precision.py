@@ -53,9 +53,10 @@ def _by_tables(
     solver: Optional[str],
     past: Sequence[Past] = (),
 ) -> bool:
-    """Return whether the table solver is to be used, and not the sort solver.
+    """Return whether the table solver is used, and not the sort solver.
 
-    An accelerator sorts everything sooner than it tells the host which entries matter.
+    By default it is used on CPUs, where it suits. An accelerator sorts everything
+    faster than it tells the host which entries matter.
 
     Raises:
         ValueError: If the solver is unknown.

@@ -1,17 +1,17 @@
-"""Score matrices that are gone through in chunks which fit into a processor's cache."""
+"""Score matrices, processed in chunks that fit into a processor's cache."""
 
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from .margin import CHUNK, Shift
+from .margin import CHUNK, Shift, plus
 from .sequences import Kinds, Segment
 
 
 def reaching(values: Tensor, floor: Any) -> Tensor:
-    """Indices of the values that are not below a floor; NaN always is."""
-    try:  # NumPy does it several times faster than PyTorch, which can do without
+    """Return the indices of the values at or above a floor; NaN never is."""
+    try:  # NumPy is several times faster, but PyTorch can be installed without it
         bound = floor.numpy() if isinstance(floor, Tensor) else floor
         return torch.from_numpy((values.numpy() >= bound).nonzero()[0])
     except (RuntimeError, TypeError):
@@ -19,7 +19,7 @@ def reaching(values: Tensor, floor: Any) -> Tensor:
 
 
 class Negatives(NamedTuple):
-    """Negatives that matter."""
+    """The m negatives of a chunk that are not below all positives of theirs."""
 
     scores: Tensor  # (m,) margin applied
     kinds: Tensor  # (m,) int32
@@ -56,7 +56,7 @@ class Chunks:
         kinds: Kinds,
         shift: Shift,
     ) -> None:
-        self._columns, self._exists = max(scores.size(1), 1), exists
+        self._columns, self._exists = scores.size(1), exists
         self._positives, self._kinds, self._shift = positives, kinds, shift
         self._scores = scores.detach().contiguous().view(-1)
         self._chunks = self._cut(len(scores))
@@ -73,8 +73,8 @@ class Chunks:
         return self._chunks[number].entries
 
     def _cut(self, count: int) -> List[_Chunk]:
-        """Cut so many rows into chunks."""
-        step, found = max(1, CHUNK // self._columns), []
+        """Cut the first ``count`` rows into chunks, each within one segment."""
+        step, found = max(1, CHUNK // max(self._columns, 1)), []
         for segment in self._kinds.segments:
             end = min(segment.end, count)
             rows = [*range(segment.first, end, step), end]
@@ -86,7 +86,13 @@ class Chunks:
         return found
 
     def _floor(self, segment: Segment, kinds: Tensor, floors: Tensor) -> Any:
-        """Return the floors of entries of given kinds; one number if they are alike."""
+        """Return the floor of each entry, or one number if all floors are equal.
+
+        Args:
+            segment: The segment of the entries.
+            kinds: (M,) their kinds.
+            floors: (kinds,) the floor of each kind.
+        """
         known = self._known.get(segment.first_kind, kinds[:0])
         if isinstance(known, Tensor) and len(known) < len(kinds):
             size = segment.num_groups * self._kinds.width
@@ -101,18 +107,18 @@ class Chunks:
 
         Args:
             number: The number of the chunk.
-            floors: (kinds,) scores, always the same.
+            floors: (kinds,) lowest scores that matter; the same in all calls.
 
         Returns:
-            Their indices in the chunk, int64, and what they are.
+            Their indices in the chunk, (m,), int64, and their scores and kinds.
         """
         segment, rows, entries, positives = self._chunks[number]
-        scores = self._scores[entries] + self._shift.of_chunk(number, entries)
+        scores = plus(self._scores[entries], self._shift.of_chunk(number, entries))
         own = self._positives[positives] - entries.start
         scores.index_fill_(0, own, float('nan'))
         if self._exists is not None:
             missing = ~self._exists[rows]
-            scores.view(-1, self._columns).masked_fill_(missing, float('nan'))
+            scores.view(len(missing), self._columns).masked_fill_(missing, float('nan'))
         kinds = self._kinds.of_rows(segment, rows)
         index = reaching(scores, self._floor(segment, kinds, floors))
         return index, Negatives(

@@ -1,22 +1,34 @@
-"""The margin between positives and negatives, as a matrix is ranked in chunks."""
+"""The margin between positives and negatives of a matrix ranked in chunks."""
 
 from typing import Any, List, Optional, Sequence
 
 import torch
 from torch import Tensor
 
-# Entries of a chunk: few enough for the cache, many enough for the cost of calls.
-CHUNK = 2**17
-# How many random shifts are drawn at most; more entries share them.
+# Entries of a chunk: few enough for the cache, many enough that calls cost little.
+# PyTorch shares an operation on more than 2^15 entries among threads, which wait for
+# each other; where other processes use the processors, that takes longer than the work.
+# Of the entries of a chunk, two thirds may matter before that happens.
+CHUNK = 3 * 2**14
+# How many random shifts are drawn at most. More entries share them.
 DRAWS = 2**18
+
+
+def plus(scores: Tensor, shift: Any) -> Tensor:
+    """Return the sum of the scores of a chunk and a shift, in one thread."""
+    try:
+        other = shift.numpy() if isinstance(shift, Tensor) else shift
+        return torch.from_numpy(scores.numpy() + other)
+    except (RuntimeError, TypeError):  # without NumPy, or not on a CPU
+        return scores + shift
 
 
 class Shift:
     """How far negatives are raised and positives lowered before ranking.
 
-    By half the margin or, with noise, by that times the ``|N(0, 1)|`` of each entry. Up
-    to ``DRAWS`` entries have a draw of their own; in a larger matrix each chunk takes
-    its draws from a random place of so many.
+    It is half the margin or, with noise, half the margin times the ``|N(0, 1)|`` of
+    each entry. Up to ``DRAWS`` entries have a draw of their own. In a larger matrix
+    each chunk takes a slice of so many draws, which begins at a random place.
 
     Args:
         margin: α >= 0.
@@ -35,7 +47,7 @@ class Shift:
         self._places: Optional[List[int]] = None
 
     def draw(self, scores: Tensor, chunks: Sequence[slice]) -> None:
-        """Draw the shifts of a flat matrix that will be gone through in chunks."""
+        """Draw the shifts of a flat matrix that is processed in these chunks."""
         if not self.noise or not chunks:
             return
         largest = max(chunk.stop - chunk.start for chunk in chunks)
@@ -51,7 +63,7 @@ class Shift:
         return draws.abs_().mul_(self.half)
 
     def of_positives(self, index: Tensor) -> Any:
-        """Return the shifts of some entries, or that of all."""
+        """Return the shifts of positives (flat indices), or one number for all."""
         if not self.noise or not len(index):
             return self.half
         if self._places is not None:  # the draws of chunks are for negatives
@@ -59,7 +71,7 @@ class Shift:
         return self._draws.index_select(0, index)
 
     def of_chunk(self, number: int, entries: slice) -> Any:
-        """Return the shifts of the entries of a chunk, or that of all."""
+        """Return the shifts of the entries of a chunk, or one number for all."""
         if not self.noise:
             return self.half
         if self._places is None:
@@ -68,7 +80,10 @@ class Shift:
         return self._draws[place : place + entries.stop - entries.start]
 
     def matrix(self, scores: Tensor, positives: Tensor) -> Tensor:
-        """Return what to add to each entry of a matrix, given its positives, (N, C)."""
+        """Return what to add to each entry of a matrix, (N, C).
+
+        ``positives`` are flat indices: these entries are lowered, others raised.
+        """
         result = torch.empty_like(scores, memory_format=torch.contiguous_format)
         flat = result.view(-1)
         cuts = [*range(0, len(flat), CHUNK), len(flat)]

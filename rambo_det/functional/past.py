@@ -1,4 +1,4 @@
-"""Scores of a past step, which count in a ranking and get no gradient."""
+"""Scores of a past step, which count in a ranking and have no gradient."""
 
 from typing import Optional, Tuple
 
@@ -9,8 +9,8 @@ from torch import Tensor
 class Past:
     """The scores of a past step, which do not change any more.
 
-    All that a ranking needs of their negatives is how many are above a score. So they
-    are sorted once, when that is first asked.
+    A ranking only asks how many of their negatives are above a score. For this the
+    negatives of each column are sorted once, when it is first asked.
 
     Args:
         scores: (M, C) tensor of at least float32, margin applied, without gradient.
@@ -23,7 +23,7 @@ class Past:
         self._sorted: Optional[Tuple[Tensor, Tensor]] = None
 
     def to(self, like: Tensor) -> 'Past':
-        """Return it with the type and on the device of other scores."""
+        """Return the step with the type and on the device of other scores."""
         scores, labels = self.scores.to(like), self.labels.to(like.device)
         same = scores is self.scores and labels is self.labels
         return self if same else Past(scores, labels)
@@ -40,13 +40,13 @@ class Past:
         return rows * columns + self.labels[rows]
 
     def _by_column(self) -> Tuple[Tensor, Tensor]:
-        """Return the negatives of each column, ascending, and how many there are.
+        """Return the negatives of each column, ascending, and their numbers.
 
-        That is (C, M), the places of other entries filled with -inf, and (C, 1).
+        These are (C, M), with -inf in the places of other entries, and (C, 1).
         """
         if self._sorted is None:
             rows, columns = self.scores.shape
-            ordered = self.scores.t().contiguous()
+            ordered = self.scores.t().clone(memory_format=torch.contiguous_format)
             missing = self.labels < 0
             ordered.masked_fill_(missing, float('-inf'))
             index = self.positives()
@@ -54,7 +54,7 @@ class Past:
             ordered[self.labels[row], row] = float('-inf')
             count = (rows - missing.sum()).expand(columns)
             count = count - torch.bincount(self.labels[row], minlength=columns)
-            try:  # NumPy does it ten times faster than PyTorch, which can do without
+            try:  # NumPy is ten times faster, but PyTorch can be installed without it
                 ordered.numpy().sort(axis=1)
             except (RuntimeError, TypeError):
                 ordered = ordered.sort(dim=1).values
@@ -62,7 +62,11 @@ class Past:
         return self._sorted
 
     def above(self, scores: Tensor) -> Tensor:
-        """Count the negatives of each column that are not below scores, (C, K)."""
+        """Count the negatives of each column at or above each score, (C, K).
+
+        Args:
+            scores: (C, K) K scores for each column.
+        """
         ordered, count = self._by_column()
         below = torch.searchsorted(ordered, scores.contiguous())
         return torch.minimum(ordered.size(1) - below, count)

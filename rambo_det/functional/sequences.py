@@ -33,33 +33,34 @@ class Ranking(NamedTuple):
         return self.num_groups * (columns if self.per_class else 1)
 
     def rows(self, count: int) -> Tuple[int, int]:
-        """Return the first row that takes part, of so many, and the one after."""
+        """Return the first of ``count`` rows that takes part, and the end."""
         first, number = self.first_row, self.num_rows
         return first, count if number is None else first + number
 
 
 class Segment(NamedTuple):
-    """Rows that the same rankings cover."""
+    """A run of rows that the same rankings cover."""
 
     first: int
-    end: int
-    groups: Optional[Tensor]  # (rows,) the group of each
+    end: int  # the row after the last
+    groups: Optional[Tensor]  # (rows,) the group of each; None if all are in one
     num_groups: int
-    first_kind: int
+    first_kind: int  # kinds of a segment have consecutive numbers
 
 
 class Kinds:
-    """The kinds of entries of a score matrix (N, C): all of a kind are ranked alike.
+    """The kinds of entries of a score matrix (N, C).
 
-    A kind is a segment of the rows, a group in it and, unless all rankings pool them, a
-    column; kinds are numbered in this order. Rankings with groups that cover the same
-    rows must have the same groups.
+    Entries of one kind are in the same sequence of every ranking. A kind is a segment
+    of the rows, a group in it and a column, unless all rankings pool the columns. Kinds
+    are numbered in this order. Rankings with groups that cover the same rows must have
+    the same groups.
 
     Attributes:
         segments: The segments; rows of no ranking are in none.
         count: The number of kinds; entries of no ranking have it as their kind.
-        sequences: For each ranking the sequence of each kind, (count + 1,), and the
-            number of its sequences for none.
+        sequences: For each ranking the sequence of each kind, (count + 1,). Kinds that
+            the ranking does not cover have the number of its sequences.
     """
 
     def __init__(
@@ -101,13 +102,19 @@ class Kinds:
         rankings: Sequence[Ranking],
         device: torch.device,
     ) -> 'Kinds':
-        """Return the kinds; those of the sizes before are still known."""
+        """Return the kinds. Without groups they are kept for later calls."""
         ungrouped = all(ranking.groups is None for ranking in rankings)
         make = _known_kinds if ungrouped else cls
         return make(rows, columns, tuple(rankings), device)
 
     def _sequences(self, ranking: Ranking, size: int, covers: bool) -> Tensor:
-        """Return the sequences in a ranking of the kinds of a segment with groups."""
+        """Return the sequence in a ranking of each kind of a segment, flat.
+
+        Args:
+            ranking: The ranking.
+            size: The number of groups of the segment.
+            covers: Whether the ranking covers the segment.
+        """
         shape = (size, self.width)
         if not covers:
             return self.column.new_full(
@@ -122,14 +129,16 @@ class Kinds:
 
     def of_rows(self, segment: Segment, rows: slice) -> Tensor:
         """Return the kinds of all entries of some rows of a segment, flat, int32."""
-        kinds, count = self.column.int() + segment.first_kind, rows.stop - rows.start
-        if segment.groups is not None:
-            groups = segment.groups[rows.start - segment.first :][:count].int()
-            return (kinds + groups.unsqueeze(1) * self.width).view(-1)
-        known = self._tiles.get(segment.first_kind, kinds)
-        if len(known) < count * self.columns:
-            known = self._tiles[segment.first_kind] = kinds.repeat(count)
-        return known[: count * self.columns]
+        count = rows.stop - rows.start
+        known = self._tiles.get(segment.first_kind, self.column[:0])
+        if segment.groups is None and len(known) >= count * self.columns:
+            return known[: count * self.columns]
+        kinds = self.column.int() + segment.first_kind
+        if segment.groups is None:
+            self._tiles[segment.first_kind] = kinds = kinds.repeat(count)
+            return kinds
+        groups = segment.groups[rows.start - segment.first :][:count].int()
+        return (kinds + groups.unsqueeze(1) * self.width).view(-1)
 
     def of_entries(self, index: Tensor) -> Tensor:
         """Return the kinds of entries, given as flat indices."""

@@ -1,15 +1,21 @@
-"""Algorithm 1 by counting in tables: for CPUs, where sorting everything is dear.
+"""Average precision and its blackbox gradient by counting, for CPUs.
 
-Only positives are perturbed, so nothing but the positives is sorted. All that a ranking
-needs of a negative is its *gap*, the number of positives at or below it, and its
-*kind*, the group and the column that say to which sequences it belongs. Negatives of
-one gap and kind are alike: a table of their numbers gives every rank of every ranking,
-and a table of the same shape gives every gradient. Negatives below all positives of
-their sequences have no part in either and are dropped by one comparison.
+Algorithm 1 moves only positives, so only positives are sorted. A ranking depends on a
+negative through two numbers:
 
-Most gaps need no search: the range of the positives is cut into bins, and a negative in
+- its *gap*: how many positives, of all sequences together, are at or below it;
+- its *kind*: its group (such as its image) and its column (its class). It tells to
+  which sequence of each ranking the entry belongs.
+
+Negatives of the same gap and kind are alike. A table with a row for each kind and a
+column for each gap counts them, and its running sums give the ranks of the positives in
+every ranking. A second table of that shape holds the gradients. Negatives below all
+positives of their sequences change no rank and have no gradient: one comparison drops
+them.
+
+Most gaps need no search. The range of the positives is cut into bins, and a negative in
 a bin without a positive has the gap of its bin. Bins save time and never change a
-result. The matrix is worked through in chunks that fit into a processor's cache.
+result. The matrix is processed in chunks that fit into a processor's cache.
 ``docs/algorithm.md`` derives all this with an example.
 
 Order everywhere: score descending, then negatives before positives, then index.
@@ -30,12 +36,13 @@ from .sequences import Kinds, Ranking
 
 
 class _Ordered:
-    """Positives in the order of their scores, with gaps between them.
+    """The P positives of all sequences in the order of their scores.
 
     Attributes:
-        order: (P,) their numbers, the lowest first.
-        below: (P,) how many are lower than each.
-        gaps: P + 1.
+        order: (P,) indices of the positives, the lowest first.
+        ascending: (P,) their scores in this order.
+        below: (P,) how many positives are below each, in the order they were given.
+        gaps: The number of gaps, P + 1.
     """
 
     def __init__(self, scores: Tensor) -> None:
@@ -45,7 +52,7 @@ class _Ordered:
         self.numbers = torch.arange(self.gaps, device=order.device)
         self.below = torch.empty_like(order)
         self.below.scatter_(0, self.order, self.numbers[:-1])
-        # Bins of one width, and then some: what lies above all positives has its own.
+        # Bins of equal width over the range of the positives, and a few above it.
         finite = self.ascending.nan_to_num(0.0).clamp_(-1e30, 1e30)
         if not len(finite):
             finite = finite.new_zeros(1)
@@ -55,7 +62,11 @@ class _Ordered:
         width = max((high - self.low) / wanted, least)
         self.top, self.scale = high + 2 * width, 1 / width
         filled = torch.bincount(self._bins(finite), minlength=wanted + 4)
-        # No gap has that number: it stands for a bin with a positive.
+        if (
+            len(order) and not self.ascending[-1] <= high
+        ):  # huge ones are anywhere there
+            filled[int(self._bins(finite[-1:])) :] = 1
+        # The number P + 1, which no gap has, marks a bin with a positive.
         self.gap_of_bin = filled.cumsum(0).masked_fill_(filled > 0, self.gaps).int()
 
     def _bins(self, scores: Tensor) -> Tensor:
@@ -64,7 +75,10 @@ class _Ordered:
         return scores.clamp(self.low, self.top).sub_(self.low).mul_(self.scale).int()
 
     def cells(self, negatives: Negatives) -> Tensor:
-        """Return ``kind * gaps + gap`` for each negative, int32."""
+        """Return the place of each negative in the flat table, (m,), int32.
+
+        That is ``kind * gaps + gap``.
+        """
         gaps = self.gap_of_bin.index_select(0, self._bins(negatives.scores))
         near = reaching(gaps, self.gaps)
         scores = negatives.scores.index_select(0, near)
@@ -72,7 +86,10 @@ class _Ordered:
         return gaps.index_copy_(0, near, found).add_(negatives.kinds, alpha=self.gaps)
 
     def sums(self, values: Tensor, rows: Tensor, size: int) -> Tensor:
-        """Sum the values (P,) of the positives below each gap, by rows."""
+        """Sum the values (P,) of the positives below each gap, (size, gaps).
+
+        Each positive counts in the row of the result that ``rows`` (P,) names.
+        """
         table = values.new_zeros((size, self.gaps))
         rows = rows.index_select(0, self.order)
         table[rows, self.numbers[1:]] = values.index_select(0, self.order)
@@ -84,8 +101,8 @@ class _Placed(NamedTuple):
 
     scores: Tensor  # (P,) of the positives
     positives: _Ordered
-    cells: List[Tensor]  # those of the negatives of each chunk
-    table: Tensor  # (kinds, gaps) the number of negatives in each cell
+    cells: List[Tensor]  # for each chunk the places of its negatives in the table
+    table: Tensor  # (kinds, gaps) number of negatives
 
 
 class _Places(NamedTuple):
@@ -98,19 +115,23 @@ class _Places(NamedTuple):
 
 
 class _Move(NamedTuple):
-    """The gradient that moving the positives of one ranking finds."""
+    """The gradient of the losses of one ranking, found by moving its positives.
 
-    rewards: Tensor  # (P,) for the positives
-    old: Tensor  # (S + 1, gaps) for the negatives of a gap before
-    new: Optional[Tensor] = None  # for those of a gap after, to be subtracted
-    cells: Sequence[Tensor] = ()  # those after
+    That of a negative is ``old`` at its gap before the move, less ``new`` at its gap
+    after the move.
+    """
+
+    rewards: Tensor  # (P,) the gradient of the positives
+    old: Tensor  # (S + 1, gaps)
+    new: Optional[Tensor] = None  # (S + 1, gaps); None where it is zero
+    cells: Sequence[Tensor] = ()  # as in _Placed, after the move
 
 
 class _Solver:
     """Algorithm 1 on rankings of a score matrix (N, C).
 
-    Tables have a row for each kind, or for each sequence of a ranking and for none, and
-    a column for each gap.
+    Tables have a column for each gap. They have a row for each kind, or for each of the
+    S sequences of a ranking and one more for entries that are in none of them.
     """
 
     def __init__(
@@ -152,7 +173,7 @@ class _Solver:
     def _exists(
         self, exists: Optional[Tensor], rows: Sequence[int]
     ) -> Optional[Tensor]:
-        """Return which entries exist, with those of past rows; ``None`` for all."""
+        """Return which entries exist, past rows included; ``None`` for all."""
         if not self.past:
             return exists
         every = self.positives.new_ones((rows[0], 1), dtype=torch.bool)
@@ -160,7 +181,7 @@ class _Solver:
         return torch.cat([every if exists is None else exists, *parts])
 
     def _lowest(self) -> Tensor:
-        """Return the lowest positive in any sequence of each kind, (kinds,)."""
+        """Return for each kind the lowest positive of all its sequences, (kinds,)."""
         floors = self.scores.new_full((self.kinds.count,), float('inf'))
         for own, of, size in zip(self.own, self.kinds.sequences, self.sizes):
             lowest = floors.new_full((size,), float('inf'))
@@ -169,7 +190,7 @@ class _Solver:
         return floors
 
     def _find(self, number: int) -> Negatives:
-        """Find the negatives of a chunk that are not below all positives of theirs."""
+        """Find the negatives of a chunk that matter: above a positive or tied."""
         index, found = self.chunks.negatives(number, self.floors)
         self.index.append(index if len(self.chunks) == 1 else index.int())
         if self.moves:
@@ -177,7 +198,12 @@ class _Solver:
         return found
 
     def _place(self, scores: Tensor, find: Callable[[int], Negatives]) -> _Placed:
-        """Place the positives, given their scores, and the negatives of each chunk."""
+        """Sort the positives by these scores, and count the negatives among them.
+
+        Args:
+            scores: (P,) of the positives.
+            find: Returns the negatives of a chunk.
+        """
         positives = _Ordered(scores)
         size = self.kinds.count * positives.gaps
         table = scores.new_zeros(size, dtype=torch.int32)
@@ -189,7 +215,7 @@ class _Solver:
         return _Placed(scores, positives, cells, table)
 
     def _places(self, placed: _Placed, number: int) -> _Places:
-        """Find out where the positives stand in a ranking."""
+        """Return the ranks of the positives in a ranking."""
         positives, own, size = placed.positives, self.own[number], self.sizes[number]
         lower = positives.sums(torch.ones_like(own), own, size)
         negatives = placed.table.new_zeros((size, positives.gaps))
@@ -223,7 +249,7 @@ class _Solver:
         return (total / places.number)[:-1]
 
     def _move(self, rise: Any) -> _Placed:
-        """Place the positives moved up, and the negatives among them."""
+        """Raise the positives, sort them again and count the negatives among them."""
         return self._place(self.scores + rise, lambda number: self.negatives[number])
 
     def move_together(self, number: int) -> _Move:
@@ -267,7 +293,8 @@ class _Solver:
     def gradient(self, moves: Sequence[_Move], grads: Sequence[Tensor]) -> Tensor:
         """Return the gradient (N * C,), given that of the losses of each ranking."""
         rewards = torch.zeros_like(self.scores, dtype=torch.double)
-        # In one table what the gap before decides; in pairs where that after does too.
+        # One table sums what depends on the gap before the move alone. What depends on
+        # both gaps stays in pairs of tables.
         still = rewards.new_zeros((self.kinds.count, self.before.positives.gaps))
         pairs = []
         for move, grad, own, of in zip(moves, grads, self.own, self.kinds.sequences):
@@ -318,21 +345,30 @@ def suits(
     rankings: Sequence[Ranking],
     past: Sequence[Past] = (),
 ) -> bool:
-    """Return whether the tables are small and groups, if any, are those of all rows.
+    """Return whether the table solver can rank this, with tables of moderate size.
 
-    And whether rankings take either all past rows, ungrouped, or none.
+    It cannot if two rankings group rows differently, or if a ranking takes past rows
+    and is grouped or does not take all rows.
     """
+    if not _can_rank(len(scores), rankings, past):
+        return False
+    groups = [of.num_groups for of in rankings if of.groups is not None]
+    width = scores.size(1) if any(of.per_class for of in rankings) else 1
+    cells = (1 + max(groups, default=0)) * width * (len(positives) + 1)
+    return cells <= max(2 * scores.numel(), 2**14)
+
+
+def _can_rank(rows: int, rankings: Sequence[Ranking], past: Sequence[Past]) -> bool:
+    """Return whether groups are the same, and past rows ungrouped and all or none."""
     for of in rankings:
         all_rows = of.num_rows is None and of.groups is None and of.first_row == 0
-        if past and not all_rows and of.rows(len(scores) + 1)[1] > len(scores):
+        if past and not all_rows and of.rows(rows + 1)[1] > rows:
             return False
     groups = [(of.groups, of[3:]) for of in rankings if of.groups is not None]
-    for (one, rest), (other, others) in zip(groups, groups[1:]):
-        if rest != others or not (one is other or torch.equal(one, other)):
-            return False
-    width = scores.size(1) if any(of.per_class for of in rankings) else 1
-    kinds = (1 + max([size for _, (size, *_) in groups], default=0)) * width
-    return kinds * (len(positives) + 1) <= max(2 * scores.numel(), 2**14)
+    return all(
+        rest == others and (one is other or torch.equal(one, other))
+        for (one, rest), (other, others) in zip(groups, groups[1:])
+    )
 
 
 def table_ap_loss(
@@ -353,6 +389,11 @@ def table_ap_loss(
     and with their own margin. Returns for each ranking the losses (S,), and (S,) True
     where there is a positive.
     """
+    if not _can_rank(len(scores), rankings, past):
+        raise ValueError(
+            "solver='table' ranks the rows of one grouping, and past rows only in "
+            "rankings of all rows; use solver=None, which chooses, or 'sort'"
+        )
     solver = _Solver(scores, positives, exists, rankings, shift, past)
     losses = _APLoss.apply(scores, solver, together)
     return [(loss, of.number[:-1] > 0) for loss, of in zip(losses, solver.places)]

@@ -72,7 +72,7 @@ class ScoreMemory:
             )
             self._steps.clear()
             return []
-        self._steps.extend([step.to(like) for step in self._steps])  # in their place
+        self._steps = deque((step.to(like) for step in self._steps), self.length)
         return list(self._steps)
 
     def state(self) -> Dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import math
 
+import oracle
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from rambo_det.functional import (
     Past,
     Ranking,
     apply_margin,
+    average_precision,
     chunks,
     detection_ap_loss,
     margin,
@@ -132,6 +134,57 @@ def test_past_rows_are_rows_without_gradient(solver, perturb, lambd, rows):
     torch.testing.assert_close(found, (losses, grad[:rows]), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(('rows', 'columns'), [(5, 1), (1, 4), (1, 1)])
+def test_past_scores_are_only_read(rows, columns):
+    scores, labels = draw(rows, columns, 1)
+    past = Past(scores.clone(), labels)
+    now = draw(4, columns, 2, seed=1)
+    first, second = (
+        solve(*now, [Ranking(INFINITY, True)], perturb='singly', past=[past])
+        for _ in range(2)
+    )
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert torch.equal(past.scores, scores)
+
+
+# Scores and shapes at the ends
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    values=st.lists(
+        st.one_of(
+            st.sampled_from([INFINITY, -INFINITY, 0.0, -0.0, 1e-45, 3e38, -3e38, 1e30]),
+            st.floats(width=32, allow_nan=False),
+        ),
+        min_size=1,
+        max_size=12,
+    ),
+    data=st.data(),
+)
+def test_scores_of_any_size(values, data):
+    targets = data.draw(
+        st.lists(st.booleans(), min_size=len(values), max_size=len(values))
+    )
+    problem = torch.tensor([values]), torch.tensor([targets])
+    expected = oracle.average_precision(values, targets)
+    for solver in ('table', 'sort'):
+        found = average_precision(*problem, solver=solver).item()
+        assert found == pytest.approx(expected, rel=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize('solver', ['table', 'sort'])
+@pytest.mark.parametrize(('rows', 'columns'), [(0, 3), (3, 0), (0, 0)])
+def test_matrices_without_entries(rows, columns, solver):
+    labels = torch.full((rows,), columns)
+    rankings = [Ranking(INFINITY, True), Ranking(INFINITY, False)]
+    losses, grad = solve(
+        torch.zeros(rows, columns), labels, rankings, perturb='singly', solver=solver
+    )
+    assert losses.tolist() == [0.0] * (columns + 1)
+    assert grad.shape == (rows, columns)
+
+
 # The random shifts
 
 
@@ -161,7 +214,7 @@ def test_many_entries_share_their_draws():
         assert part.mean().item() == pytest.approx(math.sqrt(2 / math.pi), rel=0.1)
         assert part.square().mean().item() == pytest.approx(1, rel=0.15)
     starts = {tuple(part[:5].tolist()) for part in sizes.view(-1).split(margin.CHUNK)}
-    assert len(starts) == 5 * margin.DRAWS // margin.CHUNK
+    assert len(starts) == math.ceil(5 * margin.DRAWS / margin.CHUNK)
     assert len(sizes.unique()) < 2 * margin.DRAWS
     again = with_margin(zeros, labels, 2.0, True, torch.Generator().manual_seed(0))
     assert torch.equal(again, shifts)
@@ -192,6 +245,19 @@ def test_tables_are_used_where_they_suit(rankings, by_tables):
     assert table_solver.suits(scores, positives, rankings) == by_tables
     found = solve(scores, labels, rankings)
     torch.testing.assert_close(found, solve(scores, labels, rankings, solver='sort'))
+
+
+def test_what_tables_cannot_rank_is_refused():
+    scores, labels = draw(12, 2, 6)
+    rows = torch.arange(12)
+    two = [Ranking(1.0, True, rows % 3, 3), Ranking(1.0, False, rows % 2, 2)]
+    with pytest.raises(ValueError, match='one grouping'):
+        solve(scores, labels, two, solver='table')
+    past = [Past(*draw(5, 2, 1))]
+    with pytest.raises(ValueError, match='rankings of all rows'):
+        solve(
+            scores, labels, [Ranking(1.0, True, first_row=6)], past=past, solver='table'
+        )
 
 
 def test_an_unknown_solver_is_refused():

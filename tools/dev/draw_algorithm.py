@@ -2,45 +2,45 @@
 
     python tools/dev/draw_algorithm.py
 
-Prints the page's tables as Markdown and writes docs/images/algorithm.png. Loss and
-gradient are those of ``rambo_det.functional.ap_loss``; the steps in between are redone
-here in plain Python, as the page tells them.
+Prints the page's tables as Markdown and writes docs/images/algorithm.png. Losses and
+gradients are those of ``rambo_det.functional``. The steps in between are redone here in
+plain Python, as the page tells them.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from bisect import bisect_left
+from bisect import bisect_right
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Sequence
+from typing import TYPE_CHECKING, Mapping, Sequence
 
 if not __package__:  # run as a script: its modules are those of the checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
-from rambo_det.functional import ap_loss
+from rambo_det.functional import Ranking, ap_loss, detection_ap_loss
+from tools import ROOT
 from tools.common.markdown_table import markdown_table
 
 if TYPE_CHECKING:
     # The tables need no matplotlib; draw() imports it.
     from matplotlib.axes import Axes
 
-PICTURE = Path(__file__).resolve().parents[2] / 'docs' / 'images' / 'algorithm.png'
+PICTURE = ROOT / 'docs' / 'images' / 'algorithm.png'
 # Positives have capital letters. B ties with c; e is below every positive.
 NAMES = ('a', 'b', 'A', 'c', 'B', 'd', 'C', 'e')
 SCORES = (3.25, 2.0, 1.5, 0.5, 0.5, 0.25, 0.0, -0.75)
 TARGETS = tuple(int(name.isupper()) for name in NAMES)
 LAMBD = 5.0
-# A second sequence beside the first, for the step that serves many at once.
-SECOND = {'D': 1.75, 'E': -0.25}
+# A second image beside the first, for the solver that ranks many sequences at once.
+SECOND = {'D': 1.75, 'g': 0.9, 'f': 0.25, 'E': -0.25}
+IMAGES = (dict(zip(NAMES, SCORES)), SECOND)
 LAMBDS = (0.1, 5.0, 50.0)
-# How far positives move where each moves on its own.
-REACHES = (0.5, 1.0, inf)
-REACH = 1.0  # in the steps of the sort solver
+REACH = 1.0  # how far positives move where each moves on its own
 BLUE, ORANGE, GREY, INK = '#1f65ab', '#d4603a', '#9a9a9a', '#2b2b2b'
 
 
@@ -94,38 +94,74 @@ class Sorted:
 
 @dataclass(frozen=True)
 class Places:
-    """Where negatives stand among positives.
+    """Where negatives stand among the positives of all images.
 
     Attributes:
-        order: Names of the positives, the highest first.
-        above: Number of positives above each negative that is kept, by name.
-        gaps: Number of kept negatives in each of the P + 1 gaps, from the top.
+        order: Names of the positives, the lowest first.
+        gaps: Number of positives at or below each negative that is kept, by name.
     """
 
     order: list[str]
-    above: dict[str, int]
-    gaps: list[int]
+    gaps: dict[str, int]
+
+    def sums(self, values: Mapping[str, float], image: int) -> list[float]:
+        """Sum the values of the positives of an image below each gap, (P + 1,)."""
+        own = [values[name] * (name in IMAGES[image]) for name in self.order]
+        return [sum(own[:gap]) for gap in range(len(own) + 1)]
 
 
-def _ranks(scores: Sequence[float]) -> list[int]:
-    """Rank by score, then negatives first, then index."""
-    order = _order(scores)
+@dataclass(frozen=True)
+class Step:
+    """A gap of the table solver, with the positive where it begins.
+
+    Lists have a value for each image.
+
+    Attributes:
+        gap: The number of positives at or below it.
+        positive: The highest of these; '' for gap 0.
+        negatives: Names of the negatives in it.
+        above: Number of negatives in this gap and those above.
+        among: ``rk+`` of the positive in its image; 0 for gap 0.
+        rank: Its ``rk``.
+        pooled: Its ``rk`` where the images are ranked together.
+        parts: Sum of ``1 / rk`` over the positives of the image at or below the gap.
+    """
+
+    gap: int
+    positive: str
+    negatives: list[list[str]]
+    above: list[int]
+    among: int
+    rank: int
+    pooled: int
+    parts: list[float]
+
+
+def _order(scores: Sequence[float], targets: Sequence[int] = TARGETS) -> list[int]:
+    """Entries by score, then negatives first, then index."""
+    return sorted(range(len(scores)), key=lambda i: (-scores[i], targets[i], i))
+
+
+def _ranks(scores: Sequence[float], targets: Sequence[int]) -> list[int]:
+    order = _order(scores, targets)
     return [order.index(i) + 1 for i in range(len(scores))]
 
 
-def compute(lambd: float = LAMBD) -> Example:
-    """Compute the example for one λ."""
-    scores = torch.tensor([SCORES], dtype=torch.float64, requires_grad=True)
-    loss = ap_loss(scores, torch.tensor([TARGETS]), lambd=lambd)
+def compute(lambd: float = LAMBD, image: int = 0) -> Example:
+    """Compute the example for one λ, or the image beside it."""
+    values = list(IMAGES[image].values())
+    targets = [int(name.isupper()) for name in IMAGES[image]]
+    scores = torch.tensor([values], dtype=torch.float64, requires_grad=True)
+    loss = ap_loss(scores, torch.tensor([targets]), lambd=lambd)
     loss.sum().backward()
-    size, count = len(SCORES), sum(TARGETS)
-    ranks = _ranks(SCORES)
-    highest_first = sorted(rank for rank, t in zip(ranks, TARGETS) if t)
+    size, count = len(values), sum(targets)
+    ranks = _ranks(values, targets)
+    highest_first = sorted(rank for rank, t in zip(ranks, targets) if t)
     positive_ranks = [
-        highest_first.index(rank) + 1 if t else 0 for rank, t in zip(ranks, TARGETS)
+        highest_first.index(rank) + 1 if t else 0 for rank, t in zip(ranks, targets)
     ]
     pulls = [size * p / (count * r**2) for r, p in zip(ranks, positive_ranks)]
-    moved = [score + lambd * pull for score, pull in zip(SCORES, pulls)]
+    moved = [score + lambd * pull for score, pull in zip(values, pulls)]
     return Example(
         lambd=lambd,
         loss=float(loss.detach()),
@@ -133,14 +169,9 @@ def compute(lambd: float = LAMBD) -> Example:
         positive_ranks=positive_ranks,
         pulls=pulls,
         moved=moved,
-        new_ranks=_ranks(moved),
+        new_ranks=_ranks(moved, targets),
         gradient=scores.grad[0].tolist(),
     )
-
-
-def _order(scores: Sequence[float]) -> list[int]:
-    """Entries by score, then negatives first, then index."""
-    return sorted(range(len(scores)), key=lambda i: (-scores[i], TARGETS[i], i))
 
 
 def sort_steps(lambd: float) -> list[Sorted]:
@@ -170,20 +201,76 @@ def sort_steps(lambd: float) -> list[Sorted]:
     ]
 
 
-def locate(scores: Sequence[float]) -> Places:
-    """Search the negatives in the sorted positives, as the engine does."""
-    floor = min(score for score, t in zip(SCORES, TARGETS) if t)
-    positives = sorted(
-        (-score, name) for score, name, t in zip(scores, NAMES, TARGETS) if t
-    )
-    keys = [key for key, _ in positives]
-    above = {
-        name: bisect_left(keys, -score)
-        for score, name, t in zip(scores, NAMES, TARGETS)
-        if not t and score >= floor
+def locate(scores: Mapping[str, float]) -> Places:
+    """Count the positives at or below negatives, as the table solver does.
+
+    The scores are those of one image or of both. They may have moved; which negatives
+    are kept is decided before.
+    """
+    floors = [min(y for n, y in image.items() if n.isupper()) for image in IMAGES]
+    names = sorted((n for n in scores if n.isupper()), key=lambda n: -scores[n])
+    order = names[::-1]
+    heights = [scores[name] for name in order]
+    gaps = {
+        name: bisect_right(heights, score)
+        for name, score in scores.items()
+        if name.islower() and score >= floors[name in SECOND]
     }
-    gaps = [list(above.values()).count(k) for k in range(len(positives) + 1)]
-    return Places([name for _, name in positives], above, gaps)
+    return Places(order, gaps)
+
+
+def both_images(lambd: float | None = None) -> dict[str, float]:
+    """Scores of both images; with λ, their positives are moved up by λ g."""
+    scores: dict[str, float] = {}
+    for number, image in enumerate(IMAGES):
+        values = image.values() if lambd is None else compute(lambd, number).moved
+        scores.update(zip(image, values))
+    return scores
+
+
+def both_gradients(lambd: float, perturb: str) -> dict[str, float]:
+    """The gradient of the sum of the losses of both images, from the table solver."""
+    scores = torch.tensor(list(both_images().values()), dtype=torch.float64)
+    scores = scores.unsqueeze(1).requires_grad_()
+    labels = torch.tensor([int(name.islower()) for name in both_images()])
+    images = torch.tensor([int(name in SECOND) for name in both_images()])
+    ranking = Ranking(lambd, per_class=True, groups=images, num_groups=2)
+    result = detection_ap_loss(
+        scores, labels, [ranking], perturb=perturb, solver='table'
+    )
+    result[0][0].sum().backward()
+    return dict(zip(both_images(), scores.grad[:, 0].tolist()))
+
+
+def table_steps() -> list[Step]:
+    """The table of gaps and images and what follows from it, the highest gap first."""
+    places = locate(both_images())
+    size = len(places.order) + 1
+    inside = [
+        [[n for n in image if places.gaps.get(n) == gap] for image in IMAGES]
+        for gap in range(size)
+    ]
+    above = [[sum(map(len, row)) for row in zip(*inside[gap:])] for gap in range(size)]
+    among, rank = [0], [0]
+    for gap, positive in enumerate(places.order, 1):
+        own = positive in SECOND
+        among.append(sum(name in IMAGES[own] for name in places.order[gap - 1 :]))
+        rank.append(among[gap] + above[gap][own])
+    part = {name: 1 / rk for name, rk in zip(places.order, rank[1:])}
+    parts = list(zip(*(places.sums(part, image) for image in range(len(IMAGES)))))
+    return [
+        Step(
+            gap=gap,
+            positive=places.order[gap - 1] if gap else '',
+            negatives=inside[gap],
+            above=above[gap],
+            among=among[gap],
+            rank=rank[gap],
+            pooled=size - gap + sum(above[gap]) if gap else 0,
+            parts=list(parts[gap]),
+        )
+        for gap in reversed(range(size))
+    ]
 
 
 def entry_table() -> str:
@@ -208,97 +295,59 @@ def entry_table() -> str:
     return markdown_table([head, *rows])
 
 
-def sort_table(lambd: float) -> str:
-    """Every entry in its order: the running sums and the gradient."""
-    gradient = gradient_singly(lambd, 'sort')
+def sort_table() -> str:
+    """Every entry in its order: running sums and gradients for two λ."""
     rows = []
-    for entry in sort_steps(lambd):
-        name, target = NAMES[entry.index], TARGETS[entry.index]
-        part, below = f'{entry.part:.4f}', f'{entry.below:.4f}'
-        row = [entry.rank, f'**{name}**' if target else name, entry.among]
-        row += [entry.now, part, ''] if target else ['', '', below]
-        if lambd < inf:
-            row.append('' if target else f'{entry.still_below:.4f}')
-        rows.append([*row, _signed(gradient[entry.index])])
-    head = ['rk', 'entry', 'positives so far', 'rk − k', 'part', 'parts below']
-    head += ['after the move'] * (lambd < inf)
-    return markdown_table([[*head, 'gradient'], *rows])
-
-
-def search_table() -> str:
-    """Every negative: the positives above it before and after."""
-    example = compute()
-    before, after = locate(SCORES).above, locate(example.moved).above
-    rows = []
-    for name, target, value in zip(NAMES, TARGETS, example.gradient):
-        if target:
-            continue
-        if name in before:
-            counts = (before[name], after[name], after[name] - before[name])
-        else:
-            counts = ('dropped', '', '')
-        rows.append((name, *counts, _signed(value)))
-    head = ('negative', 'positives above, before', 'after', 'passed by', 'gradient')
-    return markdown_table([head, *rows])
-
-
-def gap_table() -> str:
-    """Every place among the positives: the negatives above it, and so the rank."""
-    rows = []
-    before, after = locate(SCORES), locate(compute().moved)
-    for k in range(len(before.order)):
-        row: list[object] = [k + 1]
-        for places in (before, after):
-            total = sum(places.gaps[: k + 1])
-            row += [f'**{places.order[k]}**', places.gaps[k], total, k + 1 + total]
+    for top, near in zip(sort_steps(inf), sort_steps(REACH)):
+        name, target = NAMES[top.index], TARGETS[top.index]
+        row: list[object] = [top.rank, f'**{name}**' if target else name, top.among]
+        for lambd, entry in ((inf, top), (REACH, near)):
+            part, sums = f'{entry.part:.4f}', [f'{entry.below:.4f}']
+            if lambd < inf:
+                row.append(entry.now if target else '')
+                sums.append(f'{entry.still_below:.4f}')
+            row += [part, *([''] * len(sums))] if target else ['', *sums]
+            row.append(_signed(gradient_singly(lambd, 'sort')[entry.index]))
         rows.append(row)
-    side = ('in the gap above', 'summed', 'rk')
-    head = ('rk+', 'before', *side, 'after', *side)
+    head = ['rk', 'entry', 'so far', 'λ = ∞: part', 'below', 'gradient']
+    head += [f'λ = {REACH:g}: rk − k', 'part', 'below', 'then', 'gradient']
     return markdown_table([head, *rows])
 
 
-def combined_places() -> tuple[list[str], list[int]]:
-    """Positives of both sequences, mixed; and sequence and place of each, combined."""
-    first = {n: y for n, y, t in zip(NAMES, SCORES, TARGETS) if t}
-    mixed = sorted({**first, **SECOND}.items(), key=lambda item: -item[1])
-    stride = len(mixed) + 1
-    places = [(name in SECOND) * stride + k for k, (name, _) in enumerate(mixed)]
-    return [name for name, _ in mixed], sorted(places)
-
-
-def sequence_text() -> str:
-    """The order of the positives and the list for the second search."""
-    mixed, places = combined_places()
-    order = ', '.join(f'**{name}** {k}' for k, name in enumerate(mixed))
-    return f'Places: {order}. Combined and sorted: {", ".join(map(str, places))}.'
-
-
-def sequence_table() -> str:
-    """Two negatives of equal score in two sequences: the two searches."""
-    score = SCORES[NAMES.index('d')]
-    first = [y for y, t in zip(SCORES, TARGETS) if t]
-    keys = sorted(-y for y in (*first, *SECOND.values()))
-    _, places = combined_places()
+def count_table() -> str:
+    """Every gap: the negatives in it, ranks from their sums, and sums of parts."""
     rows = []
-    for name, sequence in (('d', 0), ('f', 1)):
-        place = bisect_left(keys, -score)
-        combined = sequence * (len(keys) + 1) + place
-        found = bisect_left(places, combined)
-        start = len(first) * sequence
-        rows.append(
-            (
-                name,
-                sequence,
-                f'{score:.2f}',
-                place,
-                combined,
-                found,
-                start,
-                found - start,
-            )
-        )
-    head = ['negative', 'sequence', 'score', 'first search', 'combined']
-    head += ['second search', 'positives before', 'above']
+    for step in table_steps():
+        row: list[object] = [step.gap, f'**{step.positive}**' if step.gap else '']
+        row += [', '.join(names) for names in step.negatives]
+        row += step.above
+        row += [step.among, step.rank, step.pooled] if step.gap else ['', '', '']
+        rows.append([*row, *(f'{value:.4f}' for value in step.parts)])
+    head = ['gap', 'begins at', 'image 0', 'image 1', 'summed: 0', '1']
+    head += ['rk+', 'rk', 'pooled rk', 'parts: 0', '1']
+    return markdown_table([head, *rows])
+
+
+def negative_table() -> str:
+    """Every negative: what its gaps read in the sums, and its gradients."""
+    before, after = locate(both_images()), locate(both_images(LAMBD))
+    parts = {step.gap: step.parts for step in table_steps()}
+    alone = both_gradients(inf, 'singly')
+    together = both_gradients(LAMBD, 'together')
+    ones = dict.fromkeys(before.order, 1)
+    rows = []
+    for image, entries in enumerate(IMAGES):
+        for name in filter(str.islower, entries):
+            cells: list[object] = ['dropped', '', _signed(alone[name]), '', '', '']
+            if name in before.gaps:
+                gap, new = before.gaps[name], after.gaps[name]
+                cells = [gap, f'{parts[gap][image]:.4f}', _signed(alone[name]), new]
+                cells += [
+                    p.sums(ones, image)[g] for p, g in ((before, gap), (after, new))
+                ]
+            rows.append([name, image, *cells, _signed(together[name])])
+    head = ['negative', 'image', 'gap', 'parts', 'gradient, λ = ∞']
+    head += ['new gap', 'below', 'then', f'gradient, λ = {LAMBD:g}']
     return markdown_table([head, *rows])
 
 
@@ -315,15 +364,14 @@ def average_precision_text() -> str:
 
 def lambda_table() -> str:
     """What λ does: pairs in the wrong order that the perturbation turns round."""
-    before = locate(SCORES).above
-    count = sum(TARGETS)
-    wrong = sum(count - above for above in before.values())
+    before = locate(IMAGES[0]).gaps
+    wrong = sum(before.values())
     positives = [i for i, t in enumerate(TARGETS) if t]
     rows = []
     for lambd in LAMBDS:
         example = compute(lambd)
-        after = locate(example.moved).above
-        turned = sum(after[name] - before[name] for name in before)
+        after = locate(dict(zip(NAMES, example.moved))).gaps
+        turned = sum(before[name] - after[name] for name in before)
         rises = [_plain(lambd * example.pulls[i]) for i in positives]
         gradient = [_signed(example.gradient[i]) for i in positives]
         rows.append((f'{lambd:g}', *rises, f'{turned} of {wrong}', *gradient))
@@ -342,29 +390,15 @@ def gradient_singly(lambd: float, solver: str | None = None) -> list[float]:
     return scores.grad[0].tolist()
 
 
-def single_table() -> str:
-    """The gradient of each entry where positives move singly, for several λ."""
-    names = [f'**{n}**' if t else n for n, t in zip(NAMES, TARGETS)]
-    rows = [
-        ('∞' if lambd == inf else f'{lambd:g}', *map(_signed, gradient_singly(lambd)))
-        for lambd in REACHES
-    ]
-    return markdown_table([('λ', *names), *rows])
-
-
 def blocks() -> list[str]:
     """All that the page takes from here, in its order."""
     return [
         average_precision_text(),
         entry_table(),
-        sort_table(inf),
-        sort_table(REACH),
-        search_table(),
-        gap_table(),
-        sequence_text(),
-        sequence_table(),
+        sort_table(),
+        count_table(),
+        negative_table(),
         lambda_table(),
-        single_table(),
     ]
 
 
@@ -403,7 +437,7 @@ def _dot(axes: Axes, x: float, y: float, name: str, colour: str) -> None:
 
 def _draw_perturbation(axes: Axes, example: Example) -> None:
     """Draw scores before and after: level lines are negatives, arrows positives."""
-    kept = locate(SCORES).above
+    kept = locate(IMAGES[0]).gaps
     left, right = -0.17, 1.17
     floor = min(score for score, t in zip(SCORES, TARGETS) if t)
     axes.axhspan(-1.1, floor, color='#f1f1f1', zorder=0)
@@ -478,7 +512,7 @@ def _draw_gradient(axes: Axes, example: Example) -> None:
     for i, j in _turned_pairs(example.moved):
         partners[i].append(j)
         partners[j].append(i)
-    kept = locate(SCORES).above
+    kept = locate(IMAGES[0]).gaps
     for i, name in enumerate(NAMES):
         colour = BLUE if TARGETS[i] else ORANGE if name in kept else GREY
         sign = -1 if TARGETS[i] else 1
