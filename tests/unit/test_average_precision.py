@@ -80,7 +80,7 @@ def test_average_precision_is_the_definition(problem, dtype, solver):
 ORACLES = {'together': oracle.ap_loss, 'singly': oracle.ap_loss_singly}
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=1200, deadline=None)
 @given(
     problem=problems(),
     dtype=st.sampled_from(DTYPES),
@@ -390,7 +390,7 @@ def detections(draw):
     )
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(
     problem=detections(),
     per_class=st.booleans(),

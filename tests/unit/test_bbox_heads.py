@@ -128,6 +128,8 @@ def tiny_faster_rcnn(head='RaMBOShared2FCBBoxHead', **loss_cls):
     cfg.rpn_head.update(in_channels=16, feat_channels=16)
     cfg.roi_head.bbox_roi_extractor.out_channels = 16
     cfg.roi_head.bbox_head.update(in_channels=16, fc_out_channels=32, type=head)
+    if '4Conv' in head:
+        cfg.roi_head.bbox_head.conv_out_channels = 16
     cfg.roi_head.bbox_head.loss_cls = dict(type='RaMBOLoss', **loss_cls)
     return MODELS.build(cfg)
 

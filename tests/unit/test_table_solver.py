@@ -2,7 +2,6 @@
 
 import math
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,6 +18,7 @@ from rambo_det.functional import (
     table_solver,
     with_margin,
 )
+from tests.helpers import oracle
 
 INFINITY = math.inf
 MOVES = [('singly', INFINITY), ('singly', 0.7), ('together', 2.0)]
