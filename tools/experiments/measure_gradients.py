@@ -38,8 +38,8 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.runner import Runner, set_random_seed
 from mmengine.runner.checkpoint import load_checkpoint
-from mmengine.utils import ProgressBar
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import rambo_det  # noqa: F401
 from rambo_det import RaMBOLoss
@@ -147,14 +147,11 @@ def measure(
     found = watch(model.roi_head.bbox_head.loss_cls, losses)
     parts = shared_parameters(model)
     gradients: dict[str, dict[str, list[Tensor]]] = {part: {} for part in parts}
-    bar = ProgressBar(count)
-    for data in islice(batches, count):
+    for data in tqdm(islice(batches, count), total=count):
         values = batch_losses(model, data)
         for name, loss in {**values, **found}.items():
             for part, gradient in flat_gradients(loss, parts).items():
                 gradients[part].setdefault(name, []).append(gradient)
-        bar.update()
-    print()
     result: dict[str, dict[str, dict[str, float]]] = {}
     for part, by_loss in gradients.items():
         reference = torch.stack(by_loss[CLASSIFICATION]).mean(0)
