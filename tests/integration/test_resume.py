@@ -5,7 +5,6 @@ import io
 import os
 import random
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ pytest.importorskip('mmdet', reason='the hooks are registered in mmdet')
 from mmengine.hooks import Hook
 from torch.multiprocessing import spawn
 
-from rambo_det import ExactResumeHook
 from rambo_det.hooks import resume as resume_module
 from rambo_det.hooks.resume import KEY, random_state, set_random_state
 from rambo_det.losses import memory as memory_module
@@ -523,8 +521,3 @@ def test_ema(tmp_path, begin, update_buffers, load):
     for a, b in zip(kept, model.loss.get_extra_state()['scores']):
         assert torch.equal(a, b)
     assert len(kept) == model.loss.memory
-
-
-def test_public_name():
-    assert ExactResumeHook.__module__.startswith('rambo_det.hooks')
-    assert Path(resume_module.__file__).name == 'resume.py'
