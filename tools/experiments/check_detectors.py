@@ -23,13 +23,13 @@ import math
 import multiprocessing
 import os
 import re
-import socket
 import statistics
 import sys
 import tempfile
 import time
 import traceback
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -204,18 +204,19 @@ def _train(path: Path, data: Path, work_dir: Path, steps: int) -> dict[str, Any]
     return result
 
 
-def _step_of_two(
-    rank: int, port: int, path: Path, data: Path, work_dir: Path, file: Path
-) -> None:
-    """Take two steps in one of two processes; the first writes whether it worked."""
+def _meeting(work_dir: Path) -> Path:
+    """Return the file by which two processes find each other; it must be new."""
+    return work_dir.resolve().with_suffix('.meeting')
+
+
+def _step_of_two(rank: int, path: Path, data: Path, work_dir: Path) -> bool:
+    """Take two steps in one of two processes; return whether it worked."""
     import torch
     import torch.distributed as dist
 
     os.environ.update(LOCAL_RANK=str(rank))
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        'gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=2
-    )
+    meeting = f'file://{_meeting(work_dir)}'
+    dist.init_process_group('gloo', init_method=meeting, rank=rank, world_size=2)
     cfg = _load(path, data, 2)
     cfg.train_dataloader.batch_size = 2
     cfg.train_cfg.val_interval = 1000
@@ -229,28 +230,15 @@ def _step_of_two(
     parameters = torch.cat([p.detach().flatten() for p in runner.model.parameters()])
     other = parameters.clone()
     dist.broadcast(other, src=0)
-    equal = torch.tensor(float(torch.equal(parameters, other)))
-    dist.all_reduce(equal, op=dist.ReduceOp.MIN)
     finite = all(math.isfinite(v) for log in record.logs for v in log.values())
-    if rank == 0:
-        file.write_text(json.dumps(bool(equal) and finite and len(record.logs) == 2))
+    worked = torch.equal(parameters, other) and finite and len(record.logs) == 2
     dist.barrier()
     dist.destroy_process_group()
+    return worked
 
 
-def _quietly(log: Path, function: Any, *args: Any) -> None:
-    """Run a function in this process, its output going to a file."""
-    with log.open('a') as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-        try:
-            function(*args)
-        except BaseException:
-            traceback.print_exc(file=stream)
-            raise
-
-
-def _describe(path: Path, data: Path, steps: int, file: Path) -> None:
+def _describe(path: Path, data: Path, steps: int) -> dict[str, Any]:
+    """Return the ``key`` of what a config trains, and the versions it runs on."""
     import mmdet
     import mmengine
     import torch
@@ -258,66 +246,47 @@ def _describe(path: Path, data: Path, steps: int, file: Path) -> None:
     versions = dict(
         torch=torch.__version__, mmdet=mmdet.__version__, mmengine=mmengine.__version__
     )
-    key = _key(_load(path, data, steps))
-    file.write_text(json.dumps(dict(key=key, versions=versions)))
+    return dict(key=_key(_load(path, data, steps)), versions=versions)
 
 
-def _train_to(path: Path, data: Path, work_dir: Path, steps: int, file: Path) -> None:
+def _begin(log: Path) -> None:
+    """Let the output of this process go to a file."""
     import torch
 
     torch.set_num_threads(1)
-    file.write_text(json.dumps(_train(path, data, work_dir, steps)))
+    with log.open('a') as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
 
 
-def _call(context: Any, log: Path, file: Path, *jobs: tuple[Any, ...]) -> Any:
-    """Run jobs in processes of their own; return what they wrote, or ``None``."""
-    file.unlink(missing_ok=True)
-    processes = [context.Process(target=_quietly, args=(log, *job)) for job in jobs]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    if any(process.exitcode for process in processes) or not file.is_file():
-        return None
-    return json.loads(file.read_text())
+def _call(folder: Path, function: Any, *jobs: tuple[Any, ...]) -> list[Any] | None:
+    """Call a function in new processes; return the results, or ``None`` on an error.
 
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return int(probe.getsockname()[1])
-
-
-def _context() -> Any:
-    """Return processes that start with everything imported, and nothing else."""
+    They start with everything imported, and nothing else.
+    """
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(
-        ['tools.common.shrink_config', 'mmdet.apis', 'rambo_det']
-    )
-    return context
-
-
-def describe(path: Path, data: Path, folder: Path, steps: int) -> dict[str, Any] | None:
-    """Return the ``key`` of what a config trains, and the versions it runs on."""
+    modules = ['tools.common.shrink_config', 'mmdet.apis', 'rambo_det']
+    context.set_forkserver_preload(modules)
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / 'part.json'
-    job = (_describe, path, data, steps, file)
-    return _call(_context(), folder / 'output.log', file, job)
+    log = folder / 'output.log'
+    with ProcessPoolExecutor(len(jobs), context, _begin, (log,)) as workers:
+        futures = [workers.submit(function, *job) for job in jobs]
+        try:
+            return [future.result() for future in futures]
+        except Exception:
+            with log.open('a') as stream:
+                traceback.print_exc(file=stream)
+            return None
 
 
 def check(path: Path, data: Path, folder: Path, steps: int) -> dict[str, Any]:
     """Check one config and return what was found."""
-    context = _context()
-    log, file = folder / 'output.log', folder / 'part.json'
     begin = time.monotonic()
-    training = (_train_to, path, data, folder / 'run', steps, file)
-    found = _call(context, log, file, training) or {}
-    port = _free_port()
-    pair = [
-        (_step_of_two, rank, port, path, data, folder / 'two', file) for rank in (0, 1)
-    ]
+    (found,) = _call(folder, _train, (path, data, folder / 'run', steps)) or [{}]
     if found:
-        found['two_processes'] = bool(_call(context, log, file, *pair))
+        _meeting(folder / 'two').unlink(missing_ok=True)
+        pair = [(rank, path, data, folder / 'two') for rank in (0, 1)]
+        found['two_processes'] = all(_call(folder, _step_of_two, *pair) or [False])
     found['seconds'] = round(time.monotonic() - begin)
     found['ok'] = passed(found)
     return found
@@ -404,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f'[{number}/{len(chosen)}] {name} ...', end=' ', flush=True)
         folder = work_dir / name
         steps = args.steps * SLOW.get(path.stem.split('_')[0], 1)
-        found = describe(path, data, folder, steps)
+        (found,) = _call(folder, _describe, (path, data, steps)) or [None]
         if found is not None and found['key'] in done:
             found = done[found['key']]
             print('same as before when shrunken')
