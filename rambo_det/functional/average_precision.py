@@ -15,9 +15,9 @@ from .checks import (
 )
 from .margin import Shift
 from .past import Past
-from .sequences import Ranking
+from .sequences import Ranking, positive_indices
 from .sort_solver import sort_ap_loss, sort_average_precision
-from .table_solver import suits, table_ap_loss, table_average_precision
+from .table_solver import can_rank, suits, table_ap_loss, table_average_precision
 
 Results = List[Tuple[Tensor, Tensor]]
 
@@ -39,11 +39,9 @@ class _Positives:
     @cached_property
     def index(self) -> Tensor:
         """Their flat indices, ascending."""
-        given = self._given
-        if given.dim() == 2:
-            return given.reshape(-1).nonzero().squeeze(1)
-        rows = ((given >= 0) & (given < self._columns)).nonzero().squeeze(1)
-        return rows * self._columns + given[rows]
+        if self._given.dim() == 2:
+            return self._given.reshape(-1).nonzero().squeeze(1)
+        return positive_indices(self._given, self._columns)
 
 
 def _by_tables(
@@ -59,13 +57,18 @@ def _by_tables(
     faster than it tells the host which entries matter.
 
     Raises:
-        ValueError: If the solver is unknown.
+        ValueError: If the solver is unknown, or cannot rank this.
     """
     if solver not in (None, 'table', 'sort'):
         raise ValueError(f"solver must be None, 'table' or 'sort', got {solver!r}")
     if solver is None:
         on_host = scores.device.type == 'cpu'
         return on_host and suits(scores, positives.index, rankings, past)
+    if solver == 'table' and not can_rank(len(scores), rankings, past):
+        raise ValueError(
+            "solver='table' ranks the rows of one grouping, and past rows only in "
+            "rankings of all rows; use solver=None, which chooses, or 'sort'"
+        )
     return solver == 'table'
 
 

@@ -5,6 +5,8 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
+from .sequences import positive_indices
+
 
 class Past:
     """The scores of a past step, which do not change any more.
@@ -35,9 +37,7 @@ class Past:
 
     def positives(self) -> Tensor:
         """Return the flat indices of the positives, ascending."""
-        columns = self.scores.size(1)
-        rows = ((self.labels >= 0) & (self.labels < columns)).nonzero().squeeze(1)
-        return rows * columns + self.labels[rows]
+        return positive_indices(self.labels, self.scores.size(1))
 
     def _by_column(self) -> Tuple[Tensor, Tensor]:
         """Return the negatives of each column, ascending, and their numbers.

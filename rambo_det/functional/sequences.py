@@ -38,6 +38,15 @@ class Ranking(NamedTuple):
         return first, count if number is None else first + number
 
 
+def positive_indices(labels: Tensor, columns: int) -> Tensor:
+    """Return the flat indices of the positives, ascending, in a matrix with labels.
+
+    Each row has one at most, in the column that its label names.
+    """
+    rows = ((labels >= 0) & (labels < columns)).nonzero().squeeze(1)
+    return rows * columns + labels[rows]
+
+
 class Segment(NamedTuple):
     """A run of rows that the same rankings cover."""
 

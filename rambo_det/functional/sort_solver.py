@@ -80,7 +80,7 @@ class _Solver:
     ) -> None:
         missing = None if exists is None else ~exists
         widths = [scores.size(1) if r.per_class else 1 for r in rankings]
-        sizes = [r.num_groups * width for r, width in zip(rankings, widths)]
+        sizes = [r.num_sequences(scores.size(1)) for r in rankings]
         # Entries that do not exist have a sequence of their own, the last.
         self.sizes, last = [*sizes, 1], sum(sizes)
         if last >= MOST_SEQUENCES:

@@ -62,9 +62,8 @@ class _Ordered:
         width = max((high - self.low) / wanted, least)
         self.top, self.scale = high + 2 * width, 1 / width
         filled = torch.bincount(self._bins(finite), minlength=wanted + 4)
-        if (
-            len(order) and not self.ascending[-1] <= high
-        ):  # huge ones are anywhere there
+        if len(order) and not self.ascending[-1] <= high:
+            # Positives beyond the range may be anywhere above it.
             filled[int(self._bins(finite[-1:])) :] = 1
         # The number P + 1, which no gap has, marks a bin with a positive.
         self.gap_of_bin = filled.cumsum(0).masked_fill_(filled > 0, self.gaps).int()
@@ -143,11 +142,8 @@ class _Solver:
         shift: Shift,
         past: Sequence[Past] = (),
     ) -> None:
-        self.dtype, self.count, self.columns = (
-            scores.dtype,
-            scores.numel(),
-            scores.size(1),
-        )
+        self.dtype, self.count = scores.dtype, scores.numel()
+        self.columns = scores.size(1)
         self.rankings, self.positives, self.past = rankings, positives, past
         rows = [len(scores), *(len(of.scores) for of in past)]
         self.kinds = Kinds.of(sum(rows), self.columns, rankings, scores.device)
@@ -350,7 +346,7 @@ def suits(
     It cannot if two rankings group rows differently, or if a ranking takes past rows
     and is grouped or does not take all rows.
     """
-    if not _can_rank(len(scores), rankings, past):
+    if not can_rank(len(scores), rankings, past):
         return False
     groups = [of.num_groups for of in rankings if of.groups is not None]
     width = scores.size(1) if any(of.per_class for of in rankings) else 1
@@ -358,7 +354,7 @@ def suits(
     return cells <= max(2 * scores.numel(), 2**14)
 
 
-def _can_rank(rows: int, rankings: Sequence[Ranking], past: Sequence[Past]) -> bool:
+def can_rank(rows: int, rankings: Sequence[Ranking], past: Sequence[Past]) -> bool:
     """Return whether groups are the same, and past rows ungrouped and all or none."""
     for of in rankings:
         all_rows = of.num_rows is None and of.groups is None and of.first_row == 0
@@ -389,11 +385,6 @@ def table_ap_loss(
     and with their own margin. Returns for each ranking the losses (S,), and (S,) True
     where there is a positive.
     """
-    if not _can_rank(len(scores), rankings, past):
-        raise ValueError(
-            "solver='table' ranks the rows of one grouping, and past rows only in "
-            "rankings of all rows; use solver=None, which chooses, or 'sort'"
-        )
     solver = _Solver(scores, positives, exists, rankings, shift, past)
     losses = _APLoss.apply(scores, solver, together)
     return [(loss, of.number[:-1] > 0) for loss, of in zip(losses, solver.places)]
