@@ -6,6 +6,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# The examples of docstrings are looked for in every file; importing this one would make
+# its device that of all tests.
+collect_ignore = ['helpers/pretended_device.py']
+
 # A slow machine is no failure; neither is dropping drawn cases in which rounding
 # decides an order. In CI the cases are the same every time, elsewhere new ones.
 settings.register_profile(
