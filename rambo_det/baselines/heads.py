@@ -14,6 +14,7 @@ from mmdet.structures.bbox import bbox_overlaps
 from mmengine.model import bias_init_with_prob
 from torch import Tensor, nn
 
+from ..heads import BoxAverageMixin
 from .losses import ap_loss, positive_index, rank_sort_loss
 
 LOSSES: dict[str, Callable[..., Tensor]] = dict(ap=ap_loss, rank_sort=rank_sort_loss)
@@ -72,7 +73,7 @@ class RivalLoss(nn.Module):
 
 
 @MODELS.register_module()
-class RivalShared2FCBBoxHead(Shared2FCBBoxHead):
+class RivalShared2FCBBoxHead(BoxAverageMixin, Shared2FCBBoxHead):
     """mmdet's ``Shared2FCBBoxHead`` with what the rivals' losses ask for."""
 
     def init_weights(self) -> None:

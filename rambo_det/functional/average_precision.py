@@ -297,6 +297,8 @@ def detection_ap_loss(
     any_ignored: bool = True,
     perturb: str = 'together',
     past: Sequence[Past] = (),
+    levels: Optional[Tensor] = None,
+    num_levels: int = 1,
     solver: Optional[str] = None,
 ) -> Results:
     """``1 - AP`` over the rows of a classifier, differentiated as a blackbox.
@@ -317,6 +319,11 @@ def detection_ap_loss(
         perturb: 'together' or 'singly', see :func:`ap_loss`.
         past: Past steps, with the margin they had. Their rows follow those of this one,
             as far as rankings take them, and have no gradient.
+        levels: (N,) int64 tensor, what each positive row reaches; values in other rows
+            are not used. AP is then a mean over thresholds t = 0..num_levels-1: a
+            positive row of level l counts as a positive at t <= l, and as a negative
+            with the margin of a positive at the others; with -1 at all.
+        num_levels: The number of thresholds K; only used with ``levels``.
         solver: See :func:`ap_loss`.
 
     Returns:
@@ -332,6 +339,25 @@ def detection_ap_loss(
     """
     together = check_perturb('detection_ap_loss', perturb)
     scores = at_least_float32(scores)
+    if levels is not None:
+        shifted = with_margin(scores, labels, margin, margin_noise, generator)
+        kwargs = dict(any_ignored=any_ignored, perturb=perturb, solver=solver)
+        every: List[Results] = []
+        background = scores.size(1)
+        for level in range(num_levels):
+            own = [(labels, levels), *((of.labels, of.levels) for of in past)]
+            reached, *before = [
+                y if at is None else y.masked_fill((y >= 0) & (at < level), background)
+                for y, at in own
+            ]
+            steps = [Past(of.scores, y) for of, y in zip(past, before)]
+            every.append(
+                detection_ap_loss(shifted, reached, rankings, past=steps, **kwargs)
+            )
+        found = [sum(own for own, _ in r) / num_levels for r in zip(*every)]
+        with torch.no_grad():
+            base = detection_ap_loss(shifted, labels, rankings, past=past, **kwargs)
+        return [(own, present) for own, (_, present) in zip(found, base)]
     exists = (labels >= 0).unsqueeze(1) if any_ignored else None
     positives = _Positives(scores, labels)
     if _by_tables(scores, positives, rankings, solver, past):

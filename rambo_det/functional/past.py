@@ -18,20 +18,26 @@ class Past:
         scores: (M, C) tensor of at least float32, margin applied, without gradient.
         labels: (M,) int64 tensor: 0..C-1 foreground, C or more background, negative for
             rows that do not exist.
+        levels: (M,) int64 tensor, see ``detection_ap_loss``; ``None`` if positives are
+            positives at all thresholds.
     """
 
-    def __init__(self, scores: Tensor, labels: Tensor) -> None:
-        self.scores, self.labels = scores, labels
+    def __init__(
+        self, scores: Tensor, labels: Tensor, levels: Optional[Tensor] = None
+    ) -> None:
+        self.scores, self.labels, self.levels = scores, labels, levels
         self._sorted: Optional[Tuple[Tensor, Tensor]] = None
 
     def to(self, like: Tensor) -> 'Past':
         """Return the step with the type and on the device of other scores."""
         scores, labels = self.scores.to(like), self.labels.to(like.device)
+        levels = None if self.levels is None else self.levels.to(like.device)
         same = scores is self.scores and labels is self.labels
-        return self if same else Past(scores, labels)
+        return self if same else Past(scores, labels, levels)
 
     def __deepcopy__(self, memo: object) -> 'Past':
-        copied = Past(self.scores.clone(), self.labels.clone())
+        levels = None if self.levels is None else self.levels.clone()
+        copied = Past(self.scores.clone(), self.labels.clone(), levels)
         copied._sorted = self._sorted  # never changed
         return copied
 

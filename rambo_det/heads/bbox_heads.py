@@ -11,12 +11,14 @@ from mmdet.models.roi_heads.bbox_heads import (
     Shared4Conv1FCBBoxHead,
 )
 from mmdet.registry import MODELS
+from mmdet.structures.bbox import bbox_overlaps, get_box_tensor
 from mmengine.structures import InstanceData
 from torch import Tensor
 
 from .binding import RaMBOHeadMixin, bind
 
 __all__ = [
+    'BoxAverageMixin',
     'RaMBOBBoxHeadMixin',
     'RaMBOConvFCBBoxHead',
     'RaMBODIIHead',
@@ -26,12 +28,58 @@ __all__ = [
 ]
 
 
-class RaMBOBBoxHeadMixin(RaMBOHeadMixin):
+class BoxAverageMixin:
+    """Let the box loss of a RoI head keep its strength when more rows come.
+
+    Put it before any subclass of mmdet's ``BBoxHead``.
+
+    Args:
+        box_avg (str): What the box loss, a sum over the positives, is divided by: the
+            number of all 'rows', as in the stock head, or of the 'positives'.
+    """
+
+    num_classes: int
+
+    def __init__(self, *args: Any, box_avg: str = 'rows', **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if box_avg not in ('rows', 'positives'):
+            raise ValueError(
+                f"{type(self).__name__}: box_avg must be 'rows' or 'positives', got "
+                f'{box_avg!r}'
+            )
+        self.box_avg = box_avg
+
+    def loss(
+        self,
+        cls_score: Optional[Tensor],
+        bbox_pred: Optional[Tensor],
+        rois: Tensor,
+        labels: Tensor,
+        *args: Any,
+        **kw: Any,
+    ) -> Dict[str, Any]:
+        """Compute the losses; arguments and result are those of ``BBoxHead.loss``."""
+        compute = super().loss  # type: ignore[misc]
+        losses: Dict[str, Any] = compute(
+            cls_score, bbox_pred, rois, labels, *args, **kw
+        )
+        if self.box_avg == 'positives' and 'loss_bbox' in losses:
+            positives = ((labels >= 0) & (labels < self.num_classes)).sum()
+            factor = len(labels) / positives.clamp(min=1)
+            losses['loss_bbox'] = losses['loss_bbox'] * factor
+        return losses
+
+
+class RaMBOBBoxHeadMixin(RaMBOHeadMixin, BoxAverageMixin):
     """Give the loss of a RoI head the image of each proposal.
 
     Put it before any subclass of mmdet's ``BBoxHead``. The head works with other
     losses as the stock head does. Each stage of a cascade, or of Sparse R-CNN, ranks
     its own proposals, and has its own loss and memory.
+
+    Args:
+        box_avg (str): See :class:`BoxAverageMixin`. Sparse R-CNN always divides by the
+            positives.
     """
 
     def loss_and_target(
@@ -52,16 +100,52 @@ class RaMBOBBoxHeadMixin(RaMBOHeadMixin):
             for i, (r, n) in enumerate(zip(found, counts))
         ]
         objects = torch.cat([r.pos_gt_labels for r in found])
+        labels, _, targets, _ = result['bbox_targets']
+        rois = kw.get('rois', args[1] if len(args) > 1 else None)
+        overlaps = self._overlaps(kw.get('bbox_pred', *args[:1]), rois, labels, targets)
         result['loss_bbox'].update(
-            self.rank_calls(calls, cls_score, torch.cat(images), len(found), objects)
+            self.rank_calls(
+                calls, cls_score, torch.cat(images), len(found), objects, overlaps
+            )
         )
         return result
+
+    @torch.no_grad()
+    def _overlaps(
+        self,
+        bbox_pred: Optional[Tensor],
+        rois: Any,
+        labels: Tensor,
+        targets: Tensor,
+    ) -> Optional[Tensor]:
+        """Return the IoU of each foreground row's predicted box with its object, (N,).
+
+        If the loss uses it. Values in background rows mean nothing.
+        """
+        if bbox_pred is None or self.loss_cls.overlaps is None:
+            return None
+        boxes = bbox_pred.detach().reshape(len(labels), -1, 4)
+        if boxes.size(1) > 1:  # a box for each class
+            rows = torch.arange(len(labels), device=labels.device)
+            boxes = boxes[rows, labels.clamp(max=boxes.size(1) - 1)]
+        boxes = boxes.view(-1, 4)
+        if isinstance(rois, Tensor):  # else they are boxes already
+            boxes = self._decoded(rois, boxes)
+            if not self.reg_decoded_bbox:
+                targets = self._decoded(rois, targets)
+        return bbox_overlaps(boxes.float(), targets.float(), is_aligned=True)
+
+    def _decoded(self, rois: Tensor, deltas: Tensor) -> Tensor:
+        return get_box_tensor(self.bbox_coder.decode(rois[:, 1:], deltas))
 
     def loss(
         self,
         cls_score: Optional[Tensor],
         bbox_pred: Optional[Tensor],
         rois: Tensor,
+        labels: Tensor,
+        label_weights: Tensor,
+        bbox_targets: Tensor,
         *args: Any,
         **kw: Any,
     ) -> Dict[str, Any]:
@@ -71,11 +155,15 @@ class RaMBOBBoxHeadMixin(RaMBOHeadMixin):
         Without proposals there is a classification loss too, unlike in the stock head.
         """
         compute = super().loss  # type: ignore[misc]
+        targets = labels, label_weights, bbox_targets, *args
         if not self.ranks or cls_score is None:
-            return compute(cls_score, bbox_pred, rois, *args, **kw)
+            return compute(cls_score, bbox_pred, rois, *targets, **kw)
         with self.recorded_calls() as calls:
-            losses: Dict[str, Any] = compute(cls_score, bbox_pred, rois, *args, **kw)
-        losses.update(self.rank_calls(calls, cls_score, rois[:, 0].long()))
+            losses: Dict[str, Any] = compute(cls_score, bbox_pred, rois, *targets, **kw)
+        overlaps = self._overlaps(bbox_pred, rois, labels, bbox_targets)
+        losses.update(
+            self.rank_calls(calls, cls_score, rois[:, 0].long(), overlaps=overlaps)
+        )
         return losses
 
     def refine_bboxes(

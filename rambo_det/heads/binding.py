@@ -82,7 +82,7 @@ class RaMBOHeadMixin:
         if 'loss_cls' in kwargs:
             kwargs['loss_cls'] = self._complete(kwargs['loss_cls'])
         super().__init__(*args, **kwargs)
-        if not self.ranks:
+        if not self.ranks and getattr(self, 'box_avg', 'rows') == 'rows':
             warnings.warn(
                 f'{type(self).__name__}: loss_cls is {type(self.loss_cls).__name__}, '
                 'so that nothing is ranked and the stock head would do. To rank, set '
@@ -171,6 +171,7 @@ class RaMBOHeadMixin:
         images: Tensor,
         num_images: Optional[int] = None,
         objects: Optional[Tensor] = None,
+        overlaps: Optional[Tensor] = None,
     ) -> Dict[str, Tensor]:
         """Call the loss with the rows of all recorded calls, in their order.
 
@@ -184,6 +185,8 @@ class RaMBOHeadMixin:
             images (Tensor): The image of each row of all calls, (N,).
             num_images (int, optional): Their number, which saves asking the device.
             objects (Tensor, optional): The labels of the ground truth (G,).
+            overlaps (Tensor, optional): The IoU of the predicted box of each foreground
+                row with its object, (N,).
 
         Returns:
             dict[str, Tensor]: The loss under 'loss_cls', and the AP that it reports.
@@ -191,10 +194,18 @@ class RaMBOHeadMixin:
         if not calls:
             nothing = logits.reshape(-1, logits.size(-1))[:0]
             calls, images = [Call(nothing, images.new_zeros(0))], images[:0]
+            overlaps = nothing.new_zeros(0)
         pred, target, weight, avg_factor, reduction = merge_calls(calls)
         given = images if num_images is None else (images, num_images)
         loss = self.loss_cls(
-            pred, target, weight, avg_factor, reduction, images=given, objects=objects
+            pred,
+            target,
+            weight,
+            avg_factor,
+            reduction,
+            images=given,
+            objects=objects,
+            overlaps=overlaps,
         )
         return dict(loss_cls=loss, **self.loss_cls.get_accuracy())
 

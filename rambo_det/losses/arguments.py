@@ -1,6 +1,6 @@
 """The arguments of RaMBOLoss: checked, and its terms parsed."""
 
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 from mmdet.registry import MODELS
 from torch import nn
@@ -97,6 +97,23 @@ def parse_term(
     where = " with perturb='together'" if finite else ''
     lambd = number(label, own, positive=True, finite=finite, where=where)
     return Term(name, weight, spec['span'], lambd)
+
+
+def parse_overlaps(value: Any) -> Optional[Tuple[float, ...]]:
+    """Check the IoU thresholds of the loss."""
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)) or not value:
+        raise TypeError(
+            'RaMBOLoss: overlaps must be None or a tuple of IoU thresholds, such as '
+            f'(0.5, 0.6, 0.7, 0.8), got {value!r}'
+        )
+    found = tuple(number('overlaps', each) for each in value)
+    if list(found) != sorted(set(found)) or found[-1] > 1:
+        raise ValueError(
+            f'RaMBOLoss: overlaps must be ascending numbers in [0, 1], got {value!r}'
+        )
+    return found
 
 
 def build_auxiliary(

@@ -87,6 +87,7 @@ class Step(NamedTuple):
 
     scores: Tensor  # (N, C)
     labels: Tensor  # (N,), negative where a row is ignored
+    levels: Optional[Tensor]  # (N,), see ``detection_ap_loss``
     any_ignored: bool  # whether a row may be
     first: int = 0  # the first of the own rows
     kept: Optional[Tensor] = None  # which of them are ranked; None for all
@@ -135,6 +136,7 @@ def gather_step(
     exchange: Exchange,
     scores: Tensor,
     labels: Tensor,
+    levels: Optional[Tensor],
     rankings: Sequence[Ranking],
     any_ignored: bool,
     noise: bool,
@@ -156,15 +158,16 @@ def gather_step(
         if any_ignored:
             kept = (labels >= 0).nonzero().squeeze(1)
             scores, labels = scores.index_select(0, kept), labels.index_select(0, kept)
+            levels = None if levels is None else levels.index_select(0, kept)
             any_ignored = False
-        columns = [scores, labels]
+        columns = [scores, labels, *([] if levels is None else [levels])]
     received = exchange(numbers, columns)
     seeds, *found = zip(*received.numbers)
     present = [sum(counts) for counts in found]
-    step = Step(scores, labels, any_ignored, 0, kept, len(seeds), present)
+    step = Step(scores, labels, levels, any_ignored, 0, kept, len(seeds), present)
     if not columns:
         return step
-    all_scores, all_labels = received.columns
+    all_scores, all_labels, *all_levels = received.columns
     rank = get_rank()
     all_scores[rank] = scores  # which has a gradient
     if noise:
@@ -173,6 +176,7 @@ def gather_step(
     return step._replace(
         scores=torch.cat(all_scores),
         labels=torch.cat(all_labels),
+        levels=torch.cat(all_levels[0]) if all_levels else None,
         first=sum(map(len, all_labels[:rank])),
     )
 

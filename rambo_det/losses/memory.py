@@ -3,7 +3,7 @@
 import warnings
 from collections import deque
 from copy import deepcopy
-from typing import Any, Deque, Dict, List, Tuple
+from typing import Any, Deque, Dict, List, Optional, Tuple
 
 from mmengine.dist import get_dist_info
 from torch import Tensor
@@ -47,12 +47,12 @@ class ScoreMemory:
         """The labels of each step, oldest first."""
         return [step.labels for step in self._steps]
 
-    def append(self, scores: Tensor, labels: Tensor, shared: bool = False) -> None:
+    def append(self, step: Past, shared: bool = False) -> None:
         """Remember a step; ``shared`` tells that its rows are those of all processes.
 
         A full memory forgets the oldest step.
         """
-        self._steps.append(Past(scores, labels))
+        self._steps.append(step)
         self._idle_copy, self._shared = False, shared
 
     def recall(self, like: Tensor) -> List[Past]:
@@ -79,6 +79,9 @@ class ScoreMemory:
         """Return tensors and plain values, the oldest step first."""
         scores = [step.scores for step in self._steps]
         state: Dict[str, Any] = dict(scores=scores, labels=self.labels)
+        levels = [step.levels for step in self._steps]
+        if any(of is not None for of in levels):
+            state['levels'] = levels
         rank, processes = get_dist_info()
         if processes > 1 and not self._shared:  # each remembers its own images
             state.update(rank=rank, processes=processes)
@@ -114,13 +117,17 @@ class ScoreMemory:
             )
 
 
-def _steps_of(state: Dict[str, Any]) -> List[Tuple[Tensor, Tensor]]:
+def _steps_of(state: Dict[str, Any]) -> List[Tuple[Tensor, Tensor, Optional[Tensor]]]:
     """Return the steps of a saved memory, whose shapes are checked."""
     try:
         scores, labels = list(state['scores']), list(state['labels'])
-        fits = len(scores) == len(labels) and all(
-            s.dim() == 2 and s.is_floating_point() and y.shape == s.shape[:1]
-            for s, y in zip(scores, labels)
+        levels = list(state.get('levels', [None] * len(labels)))
+        fits = len(scores) == len(labels) == len(levels) and all(
+            s.dim() == 2
+            and s.is_floating_point()
+            and y.shape == s.shape[:1]
+            and (at is None or at.shape == y.shape)
+            for s, y, at in zip(scores, labels, levels)
         )
     except (AttributeError, KeyError, TypeError):
         fits = False
@@ -131,7 +138,7 @@ def _steps_of(state: Dict[str, Any]) -> List[Tuple[Tensor, Tensor]]:
             f'{_describe(state)}; remove the keys that end in _extra_state from its '
             'state_dict to start with an empty memory'
         )
-    return list(zip(scores, labels))
+    return list(zip(scores, labels, levels))
 
 
 def _describe(state: Any) -> str:

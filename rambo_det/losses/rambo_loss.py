@@ -1,14 +1,14 @@
 """RaMBO: average precision as the classification loss of a detector."""
 
 import warnings
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from mmdet.registry import MODELS
 from mmengine.dist import get_world_size
 from torch import Tensor, nn
 
-from ..functional import Ranking, detection_ap_loss, with_margin
+from ..functional import Past, Ranking, detection_ap_loss, with_margin
 from ..functional.checks import at_least_float32, check_perturb
 from .arguments import (
     DEFAULTS,
@@ -18,11 +18,21 @@ from .arguments import (
     Term,
     build_auxiliary,
     number,
+    parse_overlaps,
     parse_term,
 )
 from .gather import Exchange, Step, gather_step
 from .memory import ScoreMemory
-from .rows import Images, Owner, Ranked, Rows, check_reduction, check_rows
+from .rows import (
+    Images,
+    Owner,
+    Ranked,
+    Rows,
+    check_overlaps,
+    check_reduction,
+    check_rows,
+    hard_labels,
+)
 
 # What RaMBOScheduleHook can change during training.
 SCHEDULED = ('lambd', 'margin', 'loss_weight', 'auxiliary')
@@ -87,6 +97,11 @@ class RaMBOLoss(nn.Module):
             'batch' and 'memory' hold the rows of all processes. Then every process has
             to call the loss in every step, else the others wait for it. Defaults to
             None: in the heads of this package, which do so.
+        overlaps (sequence[float], optional): Ascending IoU thresholds in [0, 1], such
+            as ``(0.5, 0.6, 0.7, 0.8)``. AP is then the mean over them, as in COCO: a
+            foreground row is a positive only at thresholds up to the IoU of its
+            predicted box with its object, and a negative at the others. At a threshold
+            of 0 all foreground rows are positives. Defaults to None: at all.
 
     Raises:
         TypeError: If an argument is unknown or has the wrong type.
@@ -118,6 +133,7 @@ class RaMBOLoss(nn.Module):
         check_values: bool = True,
         perturb: str = 'singly',
         gather: Optional[bool] = None,
+        overlaps: Optional[Sequence[float]] = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -150,6 +166,10 @@ class RaMBOLoss(nn.Module):
             )
         self.perturb = perturb
         self.gather = gather
+        self.overlaps = parse_overlaps(overlaps)
+        # Moves with the model, and is no state.
+        thresholds = torch.tensor(self.overlaps or ())
+        self.register_buffer('_thresholds', thresholds, persistent=False)
         self.lambd = number('lambd', lambd, positive=True, finite=False)
         self.margin = number('margin', margin)
         self.margin_noise = bool(margin_noise)
@@ -184,6 +204,7 @@ class RaMBOLoss(nn.Module):
     def extra_repr(self) -> str:
         """Show the settings in the printed model."""
         names = ('perturb', 'gather', 'margin', 'margin_noise', 'memory', 'scores')
+        names += ('overlaps',)
         shown = ', '.join(f'{name}={getattr(self, name)!r}' for name in names)
         terms = [tuple(term) for term in self.terms]
         return f'{shown}, loss_weight={self.loss_weight}, terms={terms}'
@@ -244,6 +265,7 @@ class RaMBOLoss(nn.Module):
         *,
         images: Optional[Images] = None,
         objects: Optional[Tensor] = None,
+        overlaps: Optional[Tensor] = None,
     ) -> Tensor:
         """Compute the loss.
 
@@ -264,6 +286,10 @@ class RaMBOLoss(nn.Module):
                 process, also without rows, as ``gather=None`` relies on.
             objects (Tensor, optional): The labels of the ground truth, (G,). They are
                 checked, since matching may turn one beyond the classes into background.
+            overlaps (Tensor, optional): The IoU of the predicted box of each foreground
+                row with its object, (N,); values in other rows are not used. Needed
+                where the loss has ``overlaps``, else not used. By default the quality
+                in the target.
 
         Returns:
             Tensor: The loss, a scalar; the ranking's part is 0 with zero gradient
@@ -292,6 +318,7 @@ class RaMBOLoss(nn.Module):
             )
             if self.scores != 'logits' or self.auxiliary is not None:
                 rows = rows.harmless()
+            levels = self._levels(target, overlaps)
             scores, labels = self.ranked(self._scores(rows.pred), rows.labels)
             rankings = [self._ranking(term, rows) for term in self.terms]
         except Exception:
@@ -300,17 +327,24 @@ class RaMBOLoss(nn.Module):
             raise
         margin = self.margin * self.factors['margin']
         noise = self.margin_noise and margin > 0
-        step = Step(scores, labels, rows.any_ignored)
+        step = Step(scores, labels, levels, rows.any_ignored)
         if together:
             step = gather_step(
-                self._exchange, scores, labels, rankings, rows.any_ignored, noise
+                self._exchange,
+                scores,
+                labels,
+                levels,
+                rankings,
+                rows.any_ignored,
+                noise,
             )
         rankings = [step.place(ranking) for ranking in rankings]
         scores, labels, past = step.scores, step.labels, []
         if self.training and self._fills_memory:
             scores = with_margin(scores, labels, margin, noise, step.generator)
             past = self._memory.recall(scores)
-            self._memory.append(scores.detach(), labels, step.processes > 1)
+            kept = Past(scores.detach(), labels, step.levels)
+            self._memory.append(kept, step.processes > 1)
             margin = 0.0
         results = detection_ap_loss(
             scores,
@@ -322,6 +356,8 @@ class RaMBOLoss(nn.Module):
             any_ignored=step.any_ignored,
             perturb=self.perturb,
             past=past,
+            levels=step.levels,
+            num_levels=len(self._thresholds),
         )
         # Sequences without a positive have loss 0 and do not count.
         losses = [own for own, _ in results]
@@ -349,6 +385,17 @@ class RaMBOLoss(nn.Module):
         """Return whether this call is one of all processes."""
         wanted = images is not None if self.gather is None else self.gather
         return self.training and wanted and get_world_size() > 1
+
+    def _levels(self, target: Any, overlaps: Optional[Tensor]) -> Optional[Tensor]:
+        """Return the last threshold that each row reaches, -1 for none, (N,)."""
+        if self.overlaps is None:
+            return None
+        if overlaps is None and not isinstance(target, Tensor):
+            overlaps = target[1]
+        labels = hard_labels(target)
+        check_overlaps(overlaps, labels, self._owners)
+        levels = torch.bucketize(overlaps, self._thresholds, right=True)
+        return levels - 1
 
     def _scores(self, pred: Tensor) -> Tensor:
         """Turn logits into what is ranked, float32 at least, (N, C)."""

@@ -120,6 +120,30 @@ def check_reduction(reduction_override: Optional[str]) -> None:
         )
 
 
+def check_overlaps(
+    overlaps: Optional[Tensor], labels: Tensor, owners: Sequence[Owner]
+) -> None:
+    """Raise unless there is a floating-point overlap for each row."""
+    if overlaps is None:
+        bound = next((o.bound for o in owners if o.bound is not None), None)
+        cure = 'a head of this package' if bound is None else f'the head type={bound}'
+        raise RuntimeError(
+            'RaMBOLoss: overlaps=(…) needs the IoU of each predicted box with its '
+            f'object, which the head does not tell. Use {cure}, or overlaps=None. A '
+            'head of your own gives overlaps=…'
+        )
+    if not isinstance(overlaps, Tensor) or not overlaps.is_floating_point():
+        got = getattr(overlaps, 'dtype', type(overlaps).__name__)
+        raise TypeError(
+            f'RaMBOLoss: overlaps must be a floating-point tensor of IoUs, got {got}'
+        )
+    if overlaps.shape != labels.shape:
+        raise ValueError(
+            f'RaMBOLoss: overlaps must have shape {tuple(labels.shape)}, one value per '
+            f'row of pred, got {tuple(overlaps.shape)}'
+        )
+
+
 def _check_shapes(
     pred: Tensor,
     labels: Tensor,
