@@ -11,7 +11,6 @@ from mmdet.models.roi_heads.bbox_heads import (
     Shared4Conv1FCBBoxHead,
 )
 from mmdet.registry import MODELS
-from mmdet.structures.bbox import bbox_overlaps, get_box_tensor
 from mmengine.structures import InstanceData
 from torch import Tensor
 
@@ -100,52 +99,16 @@ class RaMBOBBoxHeadMixin(RaMBOHeadMixin, BoxAverageMixin):
             for i, (r, n) in enumerate(zip(found, counts))
         ]
         objects = torch.cat([r.pos_gt_labels for r in found])
-        labels, _, targets, _ = result['bbox_targets']
-        rois = kw.get('rois', args[1] if len(args) > 1 else None)
-        overlaps = self._overlaps(kw.get('bbox_pred', *args[:1]), rois, labels, targets)
         result['loss_bbox'].update(
-            self.rank_calls(
-                calls, cls_score, torch.cat(images), len(found), objects, overlaps
-            )
+            self.rank_calls(calls, cls_score, torch.cat(images), len(found), objects)
         )
         return result
-
-    @torch.no_grad()
-    def _overlaps(
-        self,
-        bbox_pred: Optional[Tensor],
-        rois: Any,
-        labels: Tensor,
-        targets: Tensor,
-    ) -> Optional[Tensor]:
-        """Return the IoU of each foreground row's predicted box with its object, (N,).
-
-        If the loss uses it. Values in background rows mean nothing.
-        """
-        if bbox_pred is None or self.loss_cls.overlaps is None:
-            return None
-        boxes = bbox_pred.detach().reshape(len(labels), -1, 4)
-        if boxes.size(1) > 1:  # a box for each class
-            rows = torch.arange(len(labels), device=labels.device)
-            boxes = boxes[rows, labels.clamp(max=boxes.size(1) - 1)]
-        boxes = boxes.view(-1, 4)
-        if isinstance(rois, Tensor):  # else they are boxes already
-            boxes = self._decoded(rois, boxes)
-            if not self.reg_decoded_bbox:
-                targets = self._decoded(rois, targets)
-        return bbox_overlaps(boxes.float(), targets.float(), is_aligned=True)
-
-    def _decoded(self, rois: Tensor, deltas: Tensor) -> Tensor:
-        return get_box_tensor(self.bbox_coder.decode(rois[:, 1:], deltas))
 
     def loss(
         self,
         cls_score: Optional[Tensor],
         bbox_pred: Optional[Tensor],
         rois: Tensor,
-        labels: Tensor,
-        label_weights: Tensor,
-        bbox_targets: Tensor,
         *args: Any,
         **kw: Any,
     ) -> Dict[str, Any]:
@@ -155,15 +118,11 @@ class RaMBOBBoxHeadMixin(RaMBOHeadMixin, BoxAverageMixin):
         Without proposals there is a classification loss too, unlike in the stock head.
         """
         compute = super().loss  # type: ignore[misc]
-        targets = labels, label_weights, bbox_targets, *args
         if not self.ranks or cls_score is None:
-            return compute(cls_score, bbox_pred, rois, *targets, **kw)
+            return compute(cls_score, bbox_pred, rois, *args, **kw)
         with self.recorded_calls() as calls:
-            losses: Dict[str, Any] = compute(cls_score, bbox_pred, rois, *targets, **kw)
-        overlaps = self._overlaps(bbox_pred, rois, labels, bbox_targets)
-        losses.update(
-            self.rank_calls(calls, cls_score, rois[:, 0].long(), overlaps=overlaps)
-        )
+            losses: Dict[str, Any] = compute(cls_score, bbox_pred, rois, *args, **kw)
+        losses.update(self.rank_calls(calls, cls_score, rois[:, 0].long()))
         return losses
 
     def refine_bboxes(
@@ -189,7 +148,7 @@ class RaMBOBBoxHeadMixin(RaMBOHeadMixin, BoxAverageMixin):
 RaMBOConvFCBBoxHead = bind(RaMBOBBoxHeadMixin, ConvFCBBoxHead)
 RaMBOShared2FCBBoxHead = bind(RaMBOBBoxHeadMixin, Shared2FCBBoxHead)
 RaMBOShared4Conv1FCBBoxHead = bind(RaMBOBBoxHeadMixin, Shared4Conv1FCBBoxHead)
-RaMBODIIHead = bind(RaMBOBBoxHeadMixin, DIIHead, default_memory=0)
+RaMBODIIHead = bind(RaMBOBBoxHeadMixin, DIIHead, default_memory=0, box_loss='loss_iou')
 
 
 @MODELS.register_module()

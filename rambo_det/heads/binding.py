@@ -16,10 +16,13 @@ from typing import (
     Mapping,
     NamedTuple,
     Optional,
+    Tuple,
 )
 
 import torch
+from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
 from mmdet.registry import MODELS
+from mmdet.structures.bbox import bbox_overlaps, get_box_tensor
 from mmengine.structures import InstanceData
 from torch import Tensor
 
@@ -41,7 +44,7 @@ class Recorder:
 
     def __init__(self, loss: RaMBOLoss) -> None:
         self._loss = loss
-        self.calls: List[Call] = []
+        self.calls = Calls()
         self._zero: Optional[Tensor] = None
 
     def __getattr__(self, name: str) -> Any:
@@ -59,6 +62,19 @@ class Recorder:
         return {}
 
 
+class Calls(List[Call]):
+    """The recorded calls of a classification loss, and the boxes of their rows.
+
+    Attributes:
+        boxes: Predicted boxes and targets of each call of the box loss, (M, 4) each:
+            those of all rows, or of the foreground rows alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.boxes: List[Tuple[Tensor, Tensor]] = []
+
+
 class RaMBOHeadMixin:
     """Lets a head hand over all rows of a ranking at once, with their images.
 
@@ -72,6 +88,9 @@ class RaMBOHeadMixin:
     # Whether it can have a memory, and which one if the config does not say.
     takes_memory: ClassVar[bool] = True
     default_memory: ClassVar[Optional[int]] = None
+    # The loss that the stock head gives the boxes of the foreground rows, in their
+    # order, or of all rows; None if it does not.
+    box_loss: ClassVar[Optional[str]] = 'loss_bbox'
     # Whether it tells the loss what a mean over the rows divides by.
     auxiliary: ClassVar[bool] = True
 
@@ -133,10 +152,16 @@ class RaMBOHeadMixin:
                 'after the call, so that the sum over all anchors would be added; '
                 'leave auxiliary out'
             )
+        if result.get('overlaps') and self.box_loss is None:
+            raise ValueError(
+                f'{name}: loss_cls has overlaps={result["overlaps"]!r}, but the rows '
+                'with which this head trains boxes are not those with which it trains '
+                'classes, so that a foreground row may have no box; leave overlaps out'
+            )
         return result
 
     @contextmanager
-    def recorded_calls(self, objects: Optional[Tensor] = None) -> Iterator[List[Call]]:
+    def recorded_calls(self, objects: Optional[Tensor] = None) -> Iterator[Calls]:
         """Let a recorder stand in for the loss while the stock head computes.
 
         Afterwards, also after an exception, the head is as it was. If the stock head
@@ -146,9 +171,15 @@ class RaMBOHeadMixin:
             objects (Tensor, optional): The labels of the ground truth (G,).
 
         Yields:
-            list[Call]: The calls so far, in their order.
+            Calls: The calls so far, in their order.
         """
         recorder = Recorder(self.loss_cls)
+        box_loss = getattr(self, str(self.box_loss), None)
+        hook = None
+        if box_loss is not None and self.loss_cls.overlaps is not None:
+            hook = box_loss.register_forward_pre_hook(
+                lambda _, args: recorder.calls.boxes.append(args[:2])
+            )
         # What is in here is found before the modules of the head.
         self.__dict__['loss_cls'] = recorder
         try:
@@ -163,15 +194,16 @@ class RaMBOHeadMixin:
             raise
         finally:
             del self.__dict__['loss_cls']
+            if hook is not None:
+                hook.remove()
 
     def rank_calls(
         self,
-        calls: List[Call],
+        calls: Calls,
         logits: Tensor,
         images: Tensor,
         num_images: Optional[int] = None,
         objects: Optional[Tensor] = None,
-        overlaps: Optional[Tensor] = None,
     ) -> Dict[str, Tensor]:
         """Call the loss with the rows of all recorded calls, in their order.
 
@@ -179,22 +211,21 @@ class RaMBOHeadMixin:
         for this one, and ``DistributedDataParallel`` for the classifier's gradient.
 
         Args:
-            calls (list[Call]): What :meth:`recorded_calls` recorded.
+            calls (Calls): What :meth:`recorded_calls` recorded.
             logits (Tensor): Some output of the classifier, its columns in the last
                 dimension; stands in for rows where there are none.
             images (Tensor): The image of each row of all calls, (N,).
             num_images (int, optional): Their number, which saves asking the device.
             objects (Tensor, optional): The labels of the ground truth (G,).
-            overlaps (Tensor, optional): The IoU of the predicted box of each foreground
-                row with its object, (N,).
 
         Returns:
             dict[str, Tensor]: The loss under 'loss_cls', and the AP that it reports.
         """
         if not calls:
             nothing = logits.reshape(-1, logits.size(-1))[:0]
-            calls, images = [Call(nothing, images.new_zeros(0))], images[:0]
-            overlaps = nothing.new_zeros(0)
+            calls.append(Call(nothing, images.new_zeros(0)))
+            images = images[:0]
+        overlaps = self._overlaps(calls)
         pred, target, weight, avg_factor, reduction = merge_calls(calls)
         given = images if num_images is None else (images, num_images)
         loss = self.loss_cls(
@@ -208,6 +239,52 @@ class RaMBOHeadMixin:
             overlaps=overlaps,
         )
         return dict(loss_cls=loss, **self.loss_cls.get_accuracy())
+
+    @torch.no_grad()
+    def _overlaps(self, calls: Calls) -> Optional[Tensor]:
+        """Return the IoU of each row's predicted box with its object, (N,).
+
+        If the loss asks for it. Values in background rows mean nothing.
+        """
+        if self.loss_cls.overlaps is None:
+            return None
+        targets = [call.target for call in calls]
+        if not isinstance(targets[0], Tensor):  # GFL and RTMDet: the quality is the IoU
+            return torch.cat([quality for _, quality in targets])
+        labels = torch.cat(targets)
+        foreground = (labels >= 0) & (labels < self.num_classes)
+        if not calls.boxes:
+            if foreground.any():
+                raise RuntimeError(
+                    f'{type(self).__name__}: RaMBOLoss(overlaps=…) needs the predicted '
+                    f'boxes, and {self.box_loss} was not called with any. A head of '
+                    'your own sets box_loss to the name of the loss that it gives '
+                    'boxes and their targets'
+                )
+            return labels.new_zeros(labels.shape, dtype=torch.float32)
+        predicted, boxes = (torch.cat(each).float() for each in zip(*calls.boxes))
+        if not getattr(self, 'reg_decoded_bbox', True):
+            predicted, boxes = self._decode(predicted), self._decode(boxes)
+        overlaps = bbox_overlaps(predicted, boxes, is_aligned=True)
+        if len(overlaps) == len(labels):
+            return overlaps
+        return overlaps.new_zeros(labels.shape).masked_scatter_(foreground, overlaps)
+
+    def _decode(self, deltas: Tensor) -> Tensor:
+        """Return the boxes of deltas, as if the prior was the unit square, (M, 4).
+
+        The IoU of two boxes is the same for every prior.
+        """
+        coder: Any = self.bbox_coder  # type: ignore[attr-defined]
+        if type(coder) is not DeltaXYWHBBoxCoder or coder.add_ctr_clamp:
+            raise ValueError(
+                f'{type(self).__name__}: RaMBOLoss(overlaps=…) needs '
+                'bbox_coder=DeltaXYWHBBoxCoder without add_ctr_clamp, or '
+                f'reg_decoded_bbox=True, got {type(coder).__name__}'
+            )
+        prior = deltas.new_zeros(deltas.shape)
+        prior[:, 2:] = 1
+        return get_box_tensor(coder.decode(prior, deltas))
 
 
 def bind(mixin: type, stock: type, **attributes: Any) -> Any:

@@ -104,9 +104,11 @@ RaMBOFCOSHead = bind(RaMBODenseHeadMixin, FCOSHead, background=True)
 RaMBONASFCOSHead = bind(RaMBODenseHeadMixin, NASFCOSHead, background=True)
 # The stock head weights each level's loss by its number of positives; a ranking of all
 # levels has no such weights.
-RaMBODDODHead = bind(RaMBODenseHeadMixin, DDODHead)
+# It assigns objects to boxes and to classes apart.
+RaMBODDODHead = bind(RaMBODenseHeadMixin, DDODHead, box_loss=None)
 # What is ranked is the class score with the implicit objectness in it.
-RaMBOYOLOFHead = bind(RaMBODenseHeadMixin, YOLOFHead)
+# An anchor can have the boxes of several objects, or of none.
+RaMBOYOLOFHead = bind(RaMBODenseHeadMixin, YOLOFHead, box_loss=None)
 # The label is ranked; the localisation quality that comes with it is not used.
 RaMBOGFLHead = bind(RaMBODenseHeadMixin, GFLHead)
 RaMBORTMDetHead = bind(RaMBODenseHeadMixin, RTMDetHead, auxiliary=False)

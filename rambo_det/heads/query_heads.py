@@ -37,6 +37,7 @@ class RaMBOQueryHeadMixin(RaMBOHeadMixin):
     background = False
     takes_memory = False
     default_memory = 0
+    box_loss = 'loss_iou'  # the boxes of all rows, in pixels
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
