@@ -1,10 +1,10 @@
 """Average precision and its blackbox gradient by sorting, for accelerators.
 
 The entries of all rankings are sorted at once, by integers that hold the sequence, the
-score, and whether the entry is a positive. Ranks, precisions and gradients are running
-sums in that order. Shares of a loss are fixed-point integers, so that sums are exact
-and the same in every run, and no number of higher precision is needed. The host never
-waits for the device. ``docs/algorithm.md`` shows all this with an example.
+score, and whether the entry is a positive, and of which level. From then on almost all
+is done with the positives alone, which are few: see ``lines.py``. What the moves cost a
+negative is the difference of two running sums over them. The host never waits for the
+device. ``docs/algorithm.md`` shows all this with an example.
 
 Order everywhere: score descending, then negatives before positives, then index.
 """
@@ -17,104 +17,115 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from .checks import representable
+from .lines import Levels, Line, running_sums
 from .sequences import Ranking
 
-# A key is sequence * SEQUENCE + 2 * score + positive, the score as a signed integer of
-# 32 bits. So the keys of a sequence are within HALF of its multiple.
-SEQUENCE = 1 << 33
-HALF = 1 << 32
-MOST_SEQUENCES = 1 << 29
-# 1 in fixed point. Sums of 1 / rank over a sequence are below 2^5.
-ONE_BITS = 58
 
+class _Integers:
+    """Turns scores into integers of 32 bits: higher scores into lower ones."""
 
-def _running_sums(values: Tensor) -> Tensor:
-    """Sums of the first 0, 1, 2, … integers (M,), as (M + 1,).
+    def __init__(self, scores: Tensor) -> None:
+        self._values: Optional[Tensor] = None
+        if scores.dtype != torch.float32:
+            self._values = torch.sort(0.0 - scores)[0]
+            differs = self._values[1:] != self._values[:-1]
+            self._places = pad(pad(differs, (1, 0))[: len(scores)].cumsum(0), (1, 0))
+            self._places[:1] = -1
 
-    They may wrap around; their differences are right all the same.
-    """
-    return pad(values.cumsum(0), (1, 0))
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Return integers that are equal for equal scores.
 
-
-class _Order:
-    """M entries in S sequences, in the order of their keys.
-
-    The code of an entry is its key with a score of 0.
-    """
-
-    def __init__(self, keys: Tensor, codes: Tensor, num_sequences: int) -> None:
-        keys, self.entry = torch.sort(keys, stable=True)  # (M,) each place's entry
-        self.codes = codes[self.entry]
-        self.positive = self.codes & 1
-        self.sequence = self.codes // SEQUENCE
-        end = num_sequences * SEQUENCE
-        bounds = torch.arange(-HALF, end, SEQUENCE, device=keys.device)
-        edges = torch.searchsorted(keys, bounds)
-        self.starts, self.ends = edges[:-1], edges[1:]  # (S,)
-        above = _running_sums(self.positive)
-        before = above[self.starts]
-        self.counts = above[self.ends] - before  # (S,) positives
-        self.among = above[1:] - before[self.sequence]  # (M,) positives down to here
-        places = torch.arange(1, len(keys) + 1, device=keys.device)
-        self.rank = places - self.starts[self.sequence]  # (M,)
-
-    def below(self, values: Tensor) -> Tensor:
-        """Sums of integers (M,) below each entry in its sequence, (M,)."""
-        sums = _running_sums(values)
-        return sums[self.ends][self.sequence] - sums[1:]
-
-    def restore(self, values: Tensor) -> Tensor:
-        """Put values (M,) back in the order before sorting."""
-        return torch.empty_like(values).scatter_(0, self.entry, values)
+        Others than the given ones become those of the next higher given one.
+        """
+        negated = 0.0 - scores  # makes +0 of both zeros
+        if self._values is None:
+            # The bits of floats are in order like integers; those of negative ones,
+            # inverted.
+            bits = negated.view(torch.int32)
+            return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        return self._places[torch.searchsorted(self._values, negated, right=True)]
 
 
 class _Solver:
-    """The entries of all rankings, one ranking after the other, and their order."""
+    """The M entries of all rankings, one ranking after the other, and their order.
+
+    Args:
+        scores: (N, C).
+        codes: (N, C) 0 for negatives, 1 for positives; with levels, l + 2.
+        exists: (N, C) or (N, 1), False for entries that are in no sequence.
+        rankings: What is ranked.
+        one_per_row: Whether a row has one positive at most.
+        levels: The thresholds.
+    """
 
     def __init__(
         self,
         scores: Tensor,
-        positive: Tensor,
+        codes: Tensor,
         exists: Optional[Tensor],
         rankings: Sequence[Ranking],
+        one_per_row: bool,
+        levels: Levels,
     ) -> None:
+        self.levels = levels
+        # A key is sequence * step + kinds * score + code, the score as an integer of 32
+        # bits. So the keys of a sequence are within half a step of its multiple.
+        lowest = 1 if levels.of_rows is None else 2  # the code of level 0
+        self.bits = (levels.count - 1 + lowest).bit_length()
+        self.step = 1 << (32 + self.bits)
         missing = None if exists is None else ~exists
         widths = [scores.size(1) if r.per_class else 1 for r in rankings]
         sizes = [r.num_sequences(scores.size(1)) for r in rankings]
         # Entries that do not exist have a sequence of their own, the last.
         self.sizes, last = [*sizes, 1], sum(sizes)
-        if last >= MOST_SEQUENCES:
+        if (last + 1) * self.step > 1 << 62:
             raise ValueError(
-                f"solver='sort' ranks fewer than {MOST_SEQUENCES} sequences at once, "
-                f'got {last}'
+                f"solver='sort' ranks fewer than {(1 << 62) // self.step} sequences at "
+                f'once, got {last}'
             )
-        codes = []
+        every = []
         for number, (ranking, width) in enumerate(zip(rankings, widths)):
             first = sum(sizes[:number])
             sequence = torch.arange(first, first + width, device=scores.device)
             if ranking.groups is not None:
                 sequence = torch.add(sequence, ranking.groups[:, None], alpha=width)
-            code = torch.add(_rows(positive, ranking), sequence, alpha=SEQUENCE)
+            code = torch.add(_rows(codes, ranking), sequence, alpha=self.step)
             if missing is not None:
-                code.masked_fill_(_rows(missing, ranking), last * SEQUENCE)
-            codes.append(code)
-        self.rows = [len(code) for code in codes]
+                code.masked_fill_(_rows(missing, ranking), last * self.step)
+            every.append(code)
+        self.rows = [len(code) for code in every]
         self.lambds = [representable(r.lambd, scores.dtype) for r in rankings]
-        self.codes = torch.cat(codes).view(-1)
+        code = torch.cat(every).view(-1)
         self.scores = torch.cat([_rows(scores, r) for r in rankings]).view(-1)
-        self.order = self.sort(self.scores, self.codes)
-        # (M,) 1 / rk of positives, and (S,) the number of positives or 1
-        self.share = (self.order.positive << ONE_BITS) // self.order.rank
-        self.divisor = self.order.counts.clamp(min=1).to(scores.dtype)
-
-    def sort(
-        self, scores: Tensor, codes: Tensor, at_top: Optional[Tensor] = None
-    ) -> _Order:
-        """Sort entries by their scores, those at the top above all others."""
-        keys = torch.add(codes, _falling(scores), alpha=2)
-        if at_top is not None:
-            keys = torch.where(at_top, codes - HALF, keys)
-        return _Order(keys, codes, sum(self.sizes))
+        self.integers = _Integers(self.scores)
+        keys = torch.add(code, self.integers(self.scores), alpha=1 << self.bits)
+        self.keys, self.entry = torch.sort(keys, stable=True)
+        code = code[self.entry]
+        # The first place of each sequence; how many positives are before each place.
+        bounds = torch.arange(
+            -self.step // 2, (last + 1) * self.step, self.step, device=scores.device
+        )
+        edges = torch.searchsorted(self.keys, bounds)  # (S + 1,)
+        self.lengths = edges[1:] - edges[:-1]
+        kind = (1 << self.bits) - 1
+        self.above = running_sums(code & kind > 0)  # (M + 1,)
+        self.edges = self.above[edges]
+        self.present = self.edges[1:] > self.edges[:-1]
+        # The places of the positives; M for those that could be and are not.
+        most = min(sum(self.rows), len(code)) if one_per_row else len(code)
+        numbers = torch.arange(1, most + 1, device=scores.device)
+        self.place = torch.searchsorted(self.above[1:], numbers)
+        self.missing = self.place == len(code)
+        place = self.place.clamp(max=len(code) - 1)
+        code = code[place].masked_fill_(self.missing, last * self.step)
+        self.own = self.scores[self.entry[place]]
+        sequence = code // self.step
+        self.start = edges[sequence]
+        rank = self.place + 1 - self.start
+        # So low that they have no share in anything.
+        rank = rank.masked_fill_(self.missing, 1 << 62)
+        level = None if levels.of_rows is None else (code & kind) - lowest
+        self.line = Line(sequence, rank, level, levels)
 
     def lambd(self) -> Tensor:
         """λ of each sequence, (S,)."""
@@ -124,63 +135,62 @@ class _Solver:
     def mean(self, numerators: Tensor) -> Tensor:
         """Mean of ``numerator / rk`` over the positives of each sequence, (S,).
 
-        The numerators (M,) are at most ``rk``. Without positives it is 0.
+        The numerators (K, Q) are at most ``rk``. Without positives it is 0.
         """
-        # The sum of numbers up to 1 must stay below 2^63.
-        bits = min(ONE_BITS, 63 - len(self.codes).bit_length())
-        sums = _running_sums(self.share * numerators >> (ONE_BITS - bits))
-        total = sums[self.order.ends] - sums[self.order.starts]
-        return total / self.divisor * 2.0**-bits
+        sums = self.line.mean(numerators, self.edges)
+        return sums.to(self.scores.dtype) / self.line.unit
+
+    def _reached(self, moved: Tensor) -> Tensor:
+        """Count the entries down to the scores of positives that move, (…, Q)."""
+        code = self.line.sequence * self.step + ((1 << self.bits) - 1)
+        keys = torch.add(code, self.integers(moved), alpha=1 << self.bits)
+        return torch.searchsorted(self.keys, keys, right=True)
+
+    def _negatives(self, reached: Tensor, place: Tensor) -> Tensor:
+        """Count the negatives among so many entries, ``place`` of them positives."""
+        return reached - self.start - (place - self.line.first)
+
+    def _restore(self, values: Tensor) -> Tensor:
+        """Put values (M,) in the order of the entries."""
+        return torch.empty_like(values).scatter_(0, self.entry, values)
 
     def move_together(self) -> Tensor:
         """Algorithm 1 on the ranking of a sequence: all positives move at once.
 
-        Returns, as :meth:`move_singly` does, the gradient of ``1 - AP`` in the order of
-        the entries before they moved, (M,).
+        Returns, as :meth:`move_singly` does, the gradient of ``1 - AP``, (M,).
         """
-        # lambd * dL / d(rank / n), as n * rk+ / (P * rk^2). In floating point: the
-        # product in the denominator can exceed int64.
-        order, dtype = self.order, self.scores.dtype
-        step = ((order.ends - order.starts).to(dtype) * self.lambd())[order.sequence]
-        rank = order.rank.to(dtype)
-        rise = step * order.among / (self.divisor[order.sequence] * rank * rank)
-        rise.clamp_(max=torch.finfo(dtype).max)  # -inf + inf has no rank
-        positive = (self.codes & 1).bool()
-        moved = torch.where(positive, self.scores + order.restore(rise), self.scores)
-        after = self.sort(moved, self.codes)
-        return (after.restore(after.rank)[order.entry] - order.rank) / step
+        line, dtype = self.line, self.scores.dtype
+        step = self.lengths.to(dtype) * self.lambd()
+        moved = self.own + line.rise(step[line.sequence])
+        reached = self._reached(moved)
+        place = self.above[reached]
+        jump = line.jump(moved, self._negatives(reached, place), place)
+        # A negative loses a rank for each that passes it.
+        beyond = reached.masked_fill(~line.reaches | self.missing, len(self.above))
+        ends = torch.arange(len(self.above), device=beyond.device)
+        after = torch.searchsorted(beyond.view(-1).sort()[0], ends, right=True)
+        ranks = after - line.sums.sum(0)[self.above]
+        ranks.scatter_(0, self.place, jump)  # the last one is for those that are not
+        sequence = (self.keys + self.step // 2) // self.step
+        return self._restore(ranks[:-1] / (step * self.levels.count)[sequence])
 
     def move_singly(self) -> Tensor:
         """Algorithm 1 on the rank of each positive among the negatives, on its own."""
-        order, part = self.order, self.share
-        positive = order.positive > 0
-        # At the top, a positive has only positives above it, the same as before.
-        now, after = order.among, None
+        line, reached, place, above = self.line, self.start, None, None
         if min(self.lambds) < float('inf'):
-            scores, lambd = self.scores[order.entry], self.lambd()[order.sequence]
-            moved = torch.where(positive, scores + lambd, scores)
-            after = self.sort(moved, order.codes, positive & lambd.isinf())
-            now = now + after.restore(after.rank - after.among)
-            part = part * order.among // now.clamp(min=1)
-        # Each negative that a positive has passed bears an equal part of its gain.
-        blame = order.below(part)
-        if after is not None:
-            blame -= after.restore(after.below(part[after.entry]))
-        gradient = torch.where(positive, part * (now - order.rank), blame)
-        return gradient / (self.divisor * 2.0**ONE_BITS)[order.sequence]
-
-
-def _falling(scores: Tensor) -> Tensor:
-    """Integers that fall as scores rise and are equal for equal scores."""
-    negated = 0.0 - scores  # makes +0 of both zeros
-    if scores.dtype == torch.float32:
-        # The bits of floats are in order like integers; those of negative ones,
-        # inverted.
-        bits = negated.view(torch.int32)
-        return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    values, order = torch.sort(negated)
-    place = pad(values[1:] != values[:-1], (1, 0))[: len(order)].cumsum(0)
-    return torch.empty_like(order).scatter_(0, order, place)
+            lambd = self.lambd()[line.sequence]
+            reached = self._reached(self.own + lambd)
+            reached = torch.where(lambd.isinf(), self.start, reached)
+            place = self.above[reached]
+            above = self._negatives(reached, place)
+        move = line.move_singly(above, place)
+        # Of the positives below a negative, the first ones up to here have passed it.
+        ends = torch.arange(len(self.above), device=reached.device)
+        last = torch.searchsorted(reached, ends, right=True)
+        sums = running_sums(move.parts)
+        gradient = sums[last] - sums[self.above]
+        gradient.scatter_(0, self.place, move.rewards)
+        return self._restore(gradient[:-1].to(self.scores.dtype) / line.unit)
 
 
 def _rows(values: Tensor, ranking: Ranking) -> Tensor:
@@ -195,14 +205,14 @@ class _SortAPLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, together: bool, *given: Any) -> Any:
         solver = _Solver(scores, *given)
-        order = solver.order
+        line = solver.line
         if ctx.needs_input_grad[0]:
             move = solver.move_together if together else solver.move_singly
-            gradient = order.restore(move()).view(sum(solver.rows), scores.size(1))
+            gradient = move().view(sum(solver.rows), scores.size(1))
             ctx.save_for_backward(*gradient.split(solver.rows))
-        ctx.shape, ctx.rankings = scores.shape, given[-1]
-        losses = solver.mean(order.rank - order.among).split(solver.sizes)[:-1]
-        present = (order.counts > 0).split(solver.sizes)[:-1]
+        ctx.shape, ctx.rankings = scores.shape, given[2]
+        losses = solver.mean(line.rank - line.among).split(solver.sizes)[:-1]
+        present = solver.present.split(solver.sizes)[:-1]
         ctx.mark_non_differentiable(*present)
         ctx.set_materialize_grads(False)
         return (*losses, *present)
@@ -217,24 +227,29 @@ class _SortAPLoss(torch.autograd.Function):
                     width = ctx.shape[1] if ranking.per_class else 1
                     grad = grad.view(-1, width)[ranking.groups]
                 _rows(result, ranking).addcmul_(gradient, grad)
-        return result, None, None, None, None
+        return result, None, None, None, None, None, None
 
 
 def sort_ap_loss(
     scores: Tensor,
-    positive: Tensor,
+    codes: Tensor,
     exists: Optional[Tensor],
     rankings: Sequence[Ranking],
     together: bool,
+    one_per_row: bool = False,
+    levels: Levels = Levels(),
 ) -> List[Tuple[Tensor, Tensor]]:
     """``1 - AP`` of each sequence of each ranking, with the blackbox gradient.
 
-    ``scores`` (N, C) are float32 or float64, ``positive`` (N, C) is a mask. ``exists``
-    (N, C) or (N, 1) is False where an entry is in no sequence, or ``None``. With
-    ``together`` all positives of a sequence are perturbed at once. Returns for each
-    ranking the losses (S,), and (S,) True where there is a positive.
+    ``scores`` (N, C) are float32 or float64, ``codes`` (N, C) 0 for negatives, 1 for
+    positives; of positives with a level, it plus 2. ``exists`` (N, C) or (N, 1) is False
+    where an entry is in no sequence, or ``None``. With ``together`` all positives of a
+    sequence are perturbed at once. ``one_per_row`` promises that no row has more
+    positives, which saves work. Returns for each ranking the losses (S,), and (S,) True
+    where there is a positive.
     """
-    results = _SortAPLoss.apply(scores, together, positive, exists, rankings)
+    given = codes, exists, rankings, one_per_row, levels
+    results = _SortAPLoss.apply(scores, together, *given)
     return list(zip(results, results[len(rankings) :]))
 
 
@@ -242,7 +257,8 @@ def sort_average_precision(
     scores: Tensor, positive: Tensor, exists: Optional[Tensor], ranking: Ranking
 ) -> Tensor:
     """Exact AP of each sequence of a ranking, (S,); NaN without positives."""
-    solver = _Solver(scores.detach(), positive, exists, [ranking])
-    precision = solver.mean(solver.order.among)
-    precision.masked_fill_(solver.order.counts == 0, float('nan'))
+    scores = scores.detach()
+    solver = _Solver(scores, positive, exists, [ranking], False, Levels())
+    precision = solver.mean(solver.line.among)
+    precision.masked_fill_(~solver.present, float('nan'))
     return precision.split(solver.sizes)[0]
