@@ -13,6 +13,7 @@ from .checks import (
     check_perturb,
     check_scores,
 )
+from .lines import Levels
 from .margin import Shift
 from .past import Past
 from .sequences import Ranking, positive_indices
@@ -299,6 +300,7 @@ def detection_ap_loss(
     past: Sequence[Past] = (),
     levels: Optional[Tensor] = None,
     num_levels: int = 1,
+    over_all: bool = False,
     solver: Optional[str] = None,
 ) -> Results:
     """``1 - AP`` over the rows of a classifier, differentiated as a blackbox.
@@ -319,11 +321,15 @@ def detection_ap_loss(
         perturb: 'together' or 'singly', see :func:`ap_loss`.
         past: Past steps, with the margin they had. Their rows follow those of this one,
             as far as rankings take them, and have no gradient.
-        levels: (N,) int64 tensor, what each positive row reaches; values in other rows
-            are not used. AP is then a mean over thresholds t = 0..num_levels-1: a
-            positive row of level l counts as a positive at t <= l, and as a negative
-            with the margin of a positive at the others; with -1 at all.
-        num_levels: The number of thresholds K; only used with ``levels``.
+        levels: (N,) int64 tensor, what each foreground row reaches; values in other
+            rows are not used. The loss is then the mean of those at the thresholds t =
+            0..num_levels-1: a row of level l is a positive at t <= l, and a negative
+            at the others, with the margin of a positive; with -1 it is one at all. A
+            threshold that no row of a sequence reaches has loss 0 there.
+        num_levels: The number of thresholds; only used with ``levels``.
+        over_all: Whether the loss of a threshold, a sum over the rows that reach it, is
+            divided by the number of all foreground rows of the sequence. So a threshold
+            that few reach has little weight.
         solver: See :func:`ap_loss`.
 
     Returns:
@@ -339,37 +345,28 @@ def detection_ap_loss(
     """
     together = check_perturb('detection_ap_loss', perturb)
     scores = at_least_float32(scores)
-    if levels is not None:
-        shifted = with_margin(scores, labels, margin, margin_noise, generator)
-        kwargs = dict(any_ignored=any_ignored, perturb=perturb, solver=solver)
-        every: List[Results] = []
-        background = scores.size(1)
-        for level in range(num_levels):
-            own = [(labels, levels), *((of.labels, of.levels) for of in past)]
-            reached, *before = [
-                y if at is None else y.masked_fill((y >= 0) & (at < level), background)
-                for y, at in own
-            ]
-            steps = [Past(of.scores, y) for of, y in zip(past, before)]
-            every.append(
-                detection_ap_loss(shifted, reached, rankings, past=steps, **kwargs)
-            )
-        found = [sum(own for own, _ in r) / num_levels for r in zip(*every)]
-        with torch.no_grad():
-            base = detection_ap_loss(shifted, labels, rankings, past=past, **kwargs)
-        return [(own, present) for own, (_, present) in zip(found, base)]
     exists = (labels >= 0).unsqueeze(1) if any_ignored else None
     positives = _Positives(scores, labels)
+    thresholds = Levels()
+    if levels is not None:
+        thresholds = Levels(levels, num_levels, over_all)
     if _by_tables(scores, positives, rankings, solver, past):
         shift, index = Shift(margin, margin_noise, generator), positives.index
-        return table_ap_loss(scores, index, exists, rankings, shift, together, past)
+        given = rankings, shift, together, past, thresholds
+        return table_ap_loss(scores, index, exists, *given)
     if margin:
         scores = apply_margin(scores, positives.mask, margin, margin_noise, generator)
     if past:
+        if levels is not None:
+            levels = torch.cat([levels, *(of.reached(num_levels) for of in past)])
         scores = torch.cat([scores, *(of.scores for of in past)])
         labels = torch.cat([labels, *(of.labels for of in past)])
         positives, exists = _Positives(scores, labels), (labels >= 0).unsqueeze(1)
-    return sort_ap_loss(scores, positives.mask, exists, rankings, together)
+    codes = positives.mask
+    if levels is not None:
+        codes = codes * (levels + 2).unsqueeze(1)
+    given = exists, rankings, together, True, thresholds
+    return sort_ap_loss(scores, codes, *given)
 
 
 def with_margin(

@@ -41,6 +41,12 @@ class Past:
         copied._sorted = self._sorted  # never changed
         return copied
 
+    def reached(self, num_levels: int) -> Tensor:
+        """Return the levels of the rows; without any, they reach everything, (M,)."""
+        if self.levels is None:
+            return torch.full_like(self.labels, num_levels - 1)
+        return self.levels
+
     def positives(self) -> Tensor:
         """Return the flat indices of the positives, ascending."""
         return positive_indices(self.labels, self.scores.size(1))

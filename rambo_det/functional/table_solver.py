@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from .checks import representable
 from .chunks import Chunks, Negatives, reaching
+from .lines import Levels, Line
 from .margin import Shift
 from .past import Past
 from .sequences import Kinds, Ranking
@@ -38,6 +39,10 @@ from .sequences import Kinds, Ranking
 class _Ordered:
     """The P positives of all sequences in the order of their scores.
 
+    Args:
+        scores: (P,) their scores.
+        first: (P,) the order of those with equal scores; ``None`` for that given.
+
     Attributes:
         order: (P,) indices of the positives, the lowest first.
         ascending: (P,) their scores in this order.
@@ -45,8 +50,12 @@ class _Ordered:
         gaps: The number of gaps, P + 1.
     """
 
-    def __init__(self, scores: Tensor) -> None:
+    def __init__(self, scores: Tensor, first: Optional[Tensor] = None) -> None:
+        if first is not None:
+            scores = scores.index_select(0, first)
         descending, order = scores.sort(descending=True, stable=True)
+        if first is not None:
+            order = first.index_select(0, order)
         self.order, self.ascending = order.flip(0), descending.flip(0)
         self.gaps = len(order) + 1
         self.numbers = torch.arange(self.gaps, device=order.device)
@@ -98,19 +107,10 @@ class _Ordered:
 class _Placed(NamedTuple):
     """Positives, and the negatives among them."""
 
-    scores: Tensor  # (P,) of the positives
+    scores: Tensor  # (P,) of the positives; (K * P,) after a move of all
     positives: _Ordered
     cells: List[Tensor]  # for each chunk the places of its negatives in the table
     table: Tensor  # (kinds, gaps) number of negatives
-
-
-class _Places(NamedTuple):
-    """Where the positives stand in one ranking of S sequences."""
-
-    number: Tensor  # (S + 1,) how many each sequence has
-    among: Tensor  # (P,) rank among those of the sequence, 1 = highest
-    above: Tensor  # (P,) how many negatives of the sequence are above
-    rank: Tensor  # (P,) rank among all entries of the sequence
 
 
 class _Move(NamedTuple):
@@ -120,7 +120,7 @@ class _Move(NamedTuple):
     after the move.
     """
 
-    rewards: Tensor  # (P,) the gradient of the positives
+    rewards: Tensor  # (Q,) the gradient of the positives of the line
     old: Tensor  # (S + 1, gaps)
     new: Optional[Tensor] = None  # (S + 1, gaps); None where it is zero
     cells: Sequence[Tensor] = ()  # as in _Placed, after the move
@@ -141,7 +141,9 @@ class _Solver:
         rankings: Sequence[Ranking],
         shift: Shift,
         past: Sequence[Past] = (),
+        levels: Levels = Levels(),
     ) -> None:
+        self.levels = levels
         self.dtype, self.count = scores.dtype, scores.numel()
         self.columns = scores.size(1)
         self.rankings, self.positives, self.past = rankings, positives, past
@@ -163,8 +165,16 @@ class _Solver:
         self.index: List[Tensor] = []  # of the negatives of each chunk
         self.negatives: List[Negatives] = []  # of each chunk, if positives will move
         self.moves = any(of.lambd < float('inf') for of in rankings)
-        self.before = self._place(self.scores, self._find)
-        self.places = [self._places(self.before, of) for of in range(len(rankings))]
+        self.level = self._levels()
+        first = None if self.level is None else self.level.argsort(stable=True)
+        self.before = self._place(self.scores, self._find, first)
+        # For each ranking the order of the positives in its line, (P,), and the line.
+        self.orders, self.lines = [], []
+        for number, own in enumerate(self.own):
+            order = self.before.positives.order.flip(0)
+            order = order[own.index_select(0, order).argsort(stable=True)]
+            self.orders.append(order)
+            self.lines.append(self._line(number, order))
 
     def _exists(
         self, exists: Optional[Tensor], rows: Sequence[int]
@@ -175,6 +185,28 @@ class _Solver:
         every = self.positives.new_ones((rows[0], 1), dtype=torch.bool)
         parts = [(of.labels >= 0).unsqueeze(1) for of in self.past]
         return torch.cat([every if exists is None else exists, *parts])
+
+    def _levels(self) -> Optional[Tensor]:
+        """Return the level of each positive, (P,)."""
+        if self.levels.of_rows is None:
+            return None
+        found = []
+        steps = [(self.positives, self.levels.of_rows)]
+        count = self.levels.count
+        steps += [(of.positives(), of.reached(count)) for of in self.past]
+        for index, levels in steps:
+            row = torch.div(index, self.columns, rounding_mode='floor')
+            found.append(levels.index_select(0, row))
+        return torch.cat(found)
+
+    def _line(self, number: int, order: Tensor) -> Line:
+        """Return the positives of a ranking, sequence by sequence."""
+        sequence = self.own[number].index_select(0, order)
+        index = torch.arange(len(order), device=order.device)
+        among = index - torch.searchsorted(sequence, sequence) + 1
+        above = self._above(self.before, number, 1)[0].index_select(0, order)
+        level = None if self.level is None else self.level.index_select(0, order)
+        return Line(sequence, among + above, level, self.levels)
 
     def _lowest(self) -> Tensor:
         """Return for each kind the lowest positive of all its sequences, (kinds,)."""
@@ -193,14 +225,20 @@ class _Solver:
             self.negatives.append(found)
         return found
 
-    def _place(self, scores: Tensor, find: Callable[[int], Negatives]) -> _Placed:
+    def _place(
+        self,
+        scores: Tensor,
+        find: Callable[[int], Negatives],
+        first: Optional[Tensor] = None,
+    ) -> _Placed:
         """Sort the positives by these scores, and count the negatives among them.
 
         Args:
-            scores: (P,) of the positives.
+            scores: (P,) of the positives, or of several moves of them.
             find: Returns the negatives of a chunk.
+            first: (P,) the order of positives with equal scores.
         """
-        positives = _Ordered(scores)
+        positives = _Ordered(scores, first)
         size = self.kinds.count * positives.gaps
         table = scores.new_zeros(size, dtype=torch.int32)
         one, cells = table.new_ones(1), []
@@ -210,81 +248,118 @@ class _Solver:
         table = table.view(self.kinds.count, positives.gaps)
         return _Placed(scores, positives, cells, table)
 
-    def _places(self, placed: _Placed, number: int) -> _Places:
-        """Return the ranks of the positives in a ranking."""
-        positives, own, size = placed.positives, self.own[number], self.sizes[number]
-        lower = positives.sums(torch.ones_like(own), own, size)
-        negatives = placed.table.new_zeros((size, positives.gaps))
+    def _above(self, placed: _Placed, number: int, moves: int) -> Tensor:
+        """Count the negatives above each positive in a ranking, (moves, P)."""
+        own, size = self.own[number].repeat(moves), self.sizes[number]
+        negatives = placed.table.new_zeros((size, placed.positives.gaps))
         of = self.kinds.sequences[number][:-1]
         negatives = negatives.index_add_(0, of, placed.table).cumsum(1)
-        count, total = lower[:, -1], negatives[:, -1]
-        among = count.index_select(0, own) - lower[own, positives.below]
-        above = total.index_select(0, own) - negatives[own, positives.below]
+        above = negatives[:, -1].index_select(0, own)
+        above = above - negatives[own, placed.positives.below]
         if len(own) and self.past and self.rankings[number].num_rows is None:
-            above += self._past_above(placed.scores, number, among)
-        return _Places(count, among, above, among + above)
+            above += self._past_above(placed.scores, own, number)
+        return above.view(moves, -1)
 
-    def _past_above(self, scores: Tensor, number: int, among: Tensor) -> Tensor:
-        """Count the past negatives above each positive in its sequence, (P,)."""
+    def _past_above(self, scores: Tensor, own: Tensor, number: int) -> Tensor:
+        """Count the past negatives above each positive in its sequence."""
         if not self.rankings[number].per_class:
             asked = scores.expand(self.columns, -1)
             return torch.stack([of.above(asked).sum(0) for of in self.past]).sum(0)
         # Ask for each column about its own positives only.
-        places = self.own[number], among - 1
-        asked = scores.new_zeros((self.columns, int(among.max())))
-        asked[places] = scores
-        return torch.stack([of.above(asked)[places] for of in self.past]).sum(0)
+        order = own.argsort(stable=True)
+        ordered = own.index_select(0, order)
+        place = torch.arange(len(own), device=own.device)
+        place = torch.empty_like(order).scatter_(
+            0, order, place - torch.searchsorted(ordered, ordered)
+        )
+        asked = scores.new_zeros((self.columns, int(place.max()) + 1))
+        asked[own, place] = scores
+        return torch.stack([of.above(asked)[own, place] for of in self.past]).sum(0)
 
-    def average_precision(self, number: int) -> Tensor:
-        """AP of each sequence of a ranking, (S,); NaN without positives."""
-        places = self.places[number]
-        # In float64: a sum of a million terms in float32 is wrong in the fourth digit.
-        precision = places.among.double() / places.rank
-        total = precision.new_zeros(self.sizes[number])
-        total.index_add_(0, self.own[number], precision)
-        return (total / places.number)[:-1]
+    def losses(self, number: int, precision: bool = False) -> Tensor:
+        """``1 - AP`` or AP of each sequence of a ranking, (S,); NaN without positives."""
+        line = self.lines[number]
+        sums = line.mean(
+            line.among if precision else line.rank - line.among, self.edges(number)
+        )
+        sums = sums.double() / line.unit
+        return sums.masked_fill_(~self.present(number), float('nan'))
+
+    def edges(self, number: int) -> Tensor:
+        """Return where the sequences of a ranking begin in its line, (S + 1,)."""
+        sequence = self.lines[number].sequence
+        numbers = torch.arange(self.sizes[number], device=sequence.device)
+        return torch.searchsorted(sequence, numbers)
+
+    def present(self, number: int) -> Tensor:
+        """Return whether the sequences of a ranking have a positive, (S,)."""
+        edges = self.edges(number)
+        return edges[1:] > edges[:-1]
 
     def _move(self, rise: Any) -> _Placed:
         """Raise the positives, sort them again and count the negatives among them."""
-        return self._place(self.scores + rise, lambda number: self.negatives[number])
+        moved = (self.scores + rise).view(-1)
+        return self._place(moved, lambda number: self.negatives[number])
+
+    def _passed(self, moved: Tensor, number: int) -> Tensor:
+        """Return the index in the line of the first positive below each move, (…, Q).
+
+        Args:
+            moved: (…, Q) scores of the positives of the line.
+            number: The number of the ranking.
+        """
+        line, positives = self.lines[number], self.before.positives
+        # The positives of a line by their sequence, then by how many are below each.
+        start = (line.sequence + 1) * positives.gaps
+        keys = start - positives.below.index_select(0, self.orders[number])
+        below = torch.searchsorted(positives.ascending, moved)
+        return torch.searchsorted(keys, start - below, right=True)
 
     def move_together(self, number: int) -> _Move:
         """Algorithm 1 on the ranking of a sequence: all positives move at once."""
-        own, size, places = self.own[number], self.sizes[number], self.places[number]
-        of = self.kinds.sequences[number]
+        own, size, line = self.own[number], self.sizes[number], self.lines[number]
+        of, order, count = (
+            self.kinds.sequences[number],
+            self.orders[number],
+            self.levels.count,
+        )
         lengths = own.new_zeros(size).index_add_(0, of, self.kinds.lengths(self.exists))
         lambd = max(self.rankings[number].lambd, torch.finfo(self.dtype).tiny)
-        # lambd * dL / d(rank / n), as n * rk+ / (P * rk^2).
         step = (lengths.double() * lambd).masked_fill_(lengths == 0, 1.0)
-        rise = (step / places.number).index_select(0, own) * places.among
-        rise = (rise / places.rank.double().square()).to(self.dtype)
+        rise = line.rise(step.index_select(0, line.sequence)).to(self.dtype)
         rise.clamp_(max=torch.finfo(self.dtype).max)  # -inf + inf has no rank
-        after = self._move(rise)
-        jump = self._places(after, number).rank - places.rank
-        ones = torch.ones_like(own)
-        old, new = (
-            positives.sums(ones, own, size) / step.unsqueeze(1)
-            for positives in (self.before.positives, after.positives)
+        rises = torch.empty_like(rise).index_copy_(1, order, rise)
+        after = self._move(rises)
+        moved = after.scores.view(count, -1).index_select(1, order)
+        above = self._above(after, number, count).index_select(1, order)
+        jump = line.jump(moved, above, self._passed(moved, number))
+        step *= count
+        reaches = (
+            torch.empty_like(line.reaches).index_copy_(1, order, line.reaches).long()
         )
-        return _Move(jump / step.index_select(0, own), old, new, after.cells)
+        old = self.before.positives.sums(reaches.sum(0), own, size)
+        new = after.positives.sums(reaches.view(-1), own.repeat(count), size)
+        old, new = (table / step.unsqueeze(1) for table in (old, new))
+        return _Move(jump / step.index_select(0, line.sequence), old, new, after.cells)
 
     def move_singly(self, number: int) -> _Move:
         """Algorithm 1 on the rank of each positive among the negatives, on its own."""
-        own, size, places = self.own[number], self.sizes[number], self.places[number]
-        lambd, now, after = self.rankings[number].lambd, places.among, None
+        own, size, line = self.own[number], self.sizes[number], self.lines[number]
+        lambd, order = self.rankings[number].lambd, self.orders[number]
+        after, above, passed = None, None, None
         if lambd < float('inf'):
             after = self._move(representable(lambd, self.dtype))
             # Each has moved alone: its rank among the positives is the old one.
-            now = now + self._places(after, number).above
-        among = places.among.double()
-        gain = (among / now - among / places.rank).clamp_(min=0)
-        gain /= places.number.index_select(0, own)
+            above = self._above(after, number, 1)[0].index_select(0, order)
+            passed = self._passed(after.scores.index_select(0, order), number)
+        rewards, parts = line.move_singly(above, passed)
         # Each negative that a positive has passed bears an equal part of its gain.
-        part = gain / (places.rank - now).clamp_(min=1)
+        parts = parts.double() / line.unit
+        part = torch.empty_like(parts).index_copy_(0, order, parts)
         old = self.before.positives.sums(part, own, size)
-        if after is None:
-            return _Move(-gain, old)
-        return _Move(-gain, old, after.positives.sums(part, own, size), after.cells)
+        new = None if after is None else after.positives.sums(part, own, size)
+        cells = () if after is None else after.cells
+        return _Move(rewards.double() / line.unit, old, new, cells)
 
     def gradient(self, moves: Sequence[_Move], grads: Sequence[Tensor]) -> Tensor:
         """Return the gradient (N * C,), given that of the losses of each ranking."""
@@ -293,9 +368,11 @@ class _Solver:
         # both gaps stays in pairs of tables.
         still = rewards.new_zeros((self.kinds.count, self.before.positives.gaps))
         pairs = []
-        for move, grad, own, of in zip(moves, grads, self.own, self.kinds.sequences):
+        for number, (move, grad) in enumerate(zip(moves, grads)):
+            order, of = self.orders[number], self.kinds.sequences[number]
             factor = torch.cat([grad.double(), rewards.new_zeros(1)])
-            rewards += move.rewards * factor.index_select(0, own)
+            own = factor.index_select(0, self.lines[number].sequence)
+            rewards.index_add_(0, order, move.rewards * own)
             factor = factor.index_select(0, of[:-1]).unsqueeze(1)
             old = move.old.index_select(0, of[:-1]).mul_(factor)
             if move.new is None:
@@ -326,7 +403,7 @@ class _APLoss(torch.autograd.Function):
             ctx.solver, ctx.moves = solver, [move(number) for number in numbers]
             solver.negatives.clear()
         ctx.shape = scores.shape
-        losses = [1 - solver.average_precision(number) for number in numbers]
+        losses = [solver.losses(number) for number in numbers]
         return tuple(loss.nan_to_num_(0.0).to(scores.dtype) for loss in losses)
 
     @staticmethod
@@ -375,6 +452,7 @@ def table_ap_loss(
     shift: Shift,
     together: bool,
     past: Sequence[Past] = (),
+    levels: Levels = Levels(),
 ) -> List[Tuple[Tensor, Tensor]]:
     """``1 - AP`` of each sequence of each ranking, with the blackbox gradient.
 
@@ -385,9 +463,9 @@ def table_ap_loss(
     and with their own margin. Returns for each ranking the losses (S,), and (S,) True
     where there is a positive.
     """
-    solver = _Solver(scores, positives, exists, rankings, shift, past)
+    solver = _Solver(scores, positives, exists, rankings, shift, past, levels)
     losses = _APLoss.apply(scores, solver, together)
-    return [(loss, of.number[:-1] > 0) for loss, of in zip(losses, solver.places)]
+    return [(loss, solver.present(number)) for number, loss in enumerate(losses)]
 
 
 def table_average_precision(
@@ -395,4 +473,4 @@ def table_average_precision(
 ) -> Tensor:
     """Exact AP of each sequence of a ranking, (S,); NaN without positives."""
     solver = _Solver(scores, positives, exists, [ranking], Shift())
-    return solver.average_precision(0).to(scores.dtype)
+    return solver.losses(0, precision=True).to(scores.dtype)

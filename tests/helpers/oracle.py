@@ -3,7 +3,7 @@
 Everything here works on Python lists of floats, one sequence at a time.
 """
 
-from typing import List, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 
 def precedes(i: int, j: int, scores: Sequence[float], targets: Sequence[int]) -> bool:
@@ -45,10 +45,16 @@ def average_precision(scores: Sequence[float], targets: Sequence[int]) -> float:
 
 
 def perturbed(
-    scores: Sequence[float], targets: Sequence[int], lambd: float
+    scores: Sequence[float],
+    targets: Sequence[int],
+    lambd: float,
+    count: Optional[int] = None,
 ) -> List[float]:
-    """``y + λ g`` with g = n rk+ / (P rk²) for positives and 0 for negatives."""
-    n, num_pos = len(scores), sum(targets)
+    """``y + λ g`` with g = n rk+ / (P rk²) for positives and 0 for negatives.
+
+    Here and below, a count replaces P, the number of positives.
+    """
+    n, num_pos = len(scores), count or sum(targets)
     rk, rkp = ranks(scores, targets), positive_ranks(scores, targets)
     return [
         scores[i] + lambd * n * rkp[i] / (num_pos * rk[i] ** 2)
@@ -58,17 +64,28 @@ def perturbed(
     ]
 
 
+def loss(
+    scores: Sequence[float], targets: Sequence[int], count: Optional[int]
+) -> float:
+    """``1 - AP``."""
+    found = 1 - average_precision(scores, targets)
+    return found if count is None else found * sum(targets) / count
+
+
 def ap_loss(
-    scores: Sequence[float], targets: Sequence[int], lambd: float
+    scores: Sequence[float],
+    targets: Sequence[int],
+    lambd: float,
+    count: Optional[int] = None,
 ) -> Tuple[float, List[float]]:
     """``1 - AP`` and its gradient by Algorithm 1, incoming gradient 1."""
     n = len(scores)
     if not any(targets):
         return 0.0, [0.0] * n
     before = ranks(scores, targets)
-    after = ranks(perturbed(scores, targets, lambd), targets)
+    after = ranks(perturbed(scores, targets, lambd, count), targets)
     gradient = [-(before[i] - after[i]) / (n * lambd) for i in range(n)]
-    return 1 - average_precision(scores, targets), gradient
+    return loss(scores, targets, count), gradient
 
 
 def rounding_decides(
@@ -77,6 +94,7 @@ def rounding_decides(
     lambd: float,
     tol: float,
     together: bool = True,
+    count: Optional[int] = None,
 ) -> bool:
     """Whether two scores nearly tie after the perturbation, a positive among them.
 
@@ -86,7 +104,9 @@ def rounding_decides(
         return False
     n = len(scores)
     after = (
-        perturbed(scores, targets, lambd) if together else [s + lambd for s in scores]
+        perturbed(scores, targets, lambd, count)
+        if together
+        else [s + lambd for s in scores]
     )
     others = after if together else scores
     for i in range(n):
@@ -98,12 +118,15 @@ def rounding_decides(
 
 
 def ap_loss_singly(
-    scores: Sequence[float], targets: Sequence[int], lambd: float
+    scores: Sequence[float],
+    targets: Sequence[int],
+    lambd: float,
+    count: Optional[int] = None,
 ) -> Tuple[float, List[float]]:
     """``1 - AP`` and the gradient where each positive is moved alone, by λ."""
-    n, num_pos = len(scores), sum(targets)
+    n, num_pos = len(scores), count or sum(targets)
     gradient = [0.0] * n
-    if not num_pos:
+    if not any(targets):
         return 0.0, gradient
     rk, rkp = ranks(scores, targets), positive_ranks(scores, targets)
     negatives = [j for j in range(n) if not targets[j]]
@@ -122,4 +145,4 @@ def ap_loss_singly(
         gradient[i] -= gain / num_pos
         for j in passed:
             gradient[j] += gain / num_pos / len(passed)
-    return 1 - average_precision(scores, targets), gradient
+    return loss(scores, targets, count), gradient
