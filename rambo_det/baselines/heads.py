@@ -82,7 +82,7 @@ class RivalShared2FCBBoxHead(BoxAverageMixin, Shared2FCBBoxHead):
         # Without it the background's 20 columns of 0.5 outweigh all else at first.
         nn.init.constant_(self.fc_cls.bias, bias_init_with_prob(0.01))
 
-    def loss(
+    def loss(  # type: ignore[override]
         self,
         cls_score: Tensor,
         bbox_pred: Tensor,
@@ -92,7 +92,7 @@ class RivalShared2FCBBoxHead(BoxAverageMixin, Shared2FCBBoxHead):
         bbox_targets: Tensor,
         *args: Any,
         **kwargs: Any,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """Compute the losses; RS Loss sorts by the IoU of the predicted boxes."""
         rows = ((labels < self.num_classes) & (label_weights > 0)).nonzero().squeeze(1)
         deltas = bbox_pred.detach().view(len(labels), -1, 4)

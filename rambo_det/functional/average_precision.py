@@ -13,7 +13,7 @@ from .checks import (
     check_perturb,
     check_scores,
 )
-from .lines import Levels
+from .lines import ALL, Levels
 from .margin import Shift
 from .past import Past
 from .sequences import Ranking, positive_indices
@@ -347,13 +347,14 @@ def detection_ap_loss(
     scores = at_least_float32(scores)
     exists = (labels >= 0).unsqueeze(1) if any_ignored else None
     positives = _Positives(scores, labels)
-    thresholds = Levels()
+    thresholds = ALL
     if levels is not None:
         thresholds = Levels(levels, num_levels, over_all)
     if _by_tables(scores, positives, rankings, solver, past):
         shift, index = Shift(margin, margin_noise, generator), positives.index
-        given = rankings, shift, together, past, thresholds
-        return table_ap_loss(scores, index, exists, *given)
+        return table_ap_loss(
+            scores, index, exists, rankings, shift, together, past, thresholds
+        )
     if margin:
         scores = apply_margin(scores, positives.mask, margin, margin_noise, generator)
     if past:
@@ -365,8 +366,7 @@ def detection_ap_loss(
     codes = positives.mask
     if levels is not None:
         codes = codes * (levels + 2).unsqueeze(1)
-    given = exists, rankings, together, True, thresholds
-    return sort_ap_loss(scores, codes, *given)
+    return sort_ap_loss(scores, codes, exists, rankings, together, True, thresholds)
 
 
 def with_margin(

@@ -13,6 +13,7 @@ Shares of a loss are fixed-point integers, so that sums are exact and the same i
 run, and no number of higher precision is needed.
 """
 
+from functools import cached_property, lru_cache
 from typing import NamedTuple, Optional, Tuple
 
 import torch
@@ -24,16 +25,25 @@ class Levels(NamedTuple):
     """What positives reach.
 
     Attributes:
-        of_rows: (N,) int64 level -1..count-1 of each row, if it has a positive; ``None``
-            if all reach everything.
-        count: The number of thresholds K.
+        of_rows: (N,) int64 level -1..K-1 of each row with a positive; ``None`` if
+            all reach everything.
+        thresholds: Their number K.
         over_all: Whether the loss of a threshold is divided by the number of all
             positives of the sequence, and not of those that reach it.
     """
 
     of_rows: Optional[Tensor] = None
-    count: int = 1
+    thresholds: int = 1
     over_all: bool = False
+
+
+ALL = Levels()
+
+
+@lru_cache(maxsize=8)
+def _thresholds(count: int, device: torch.device) -> Tensor:
+    """Return 0, 1, … (count, 1)."""
+    return torch.arange(count, device=device).unsqueeze(1)
 
 
 def running_sums(values: Tensor) -> Tensor:
@@ -44,111 +54,151 @@ def running_sums(values: Tensor) -> Tensor:
     return pad(values.cumsum(-1), (1, 0))
 
 
-class Move(NamedTuple):
-    """The gradient of the losses, in units of the line's ``unit``.
-
-    Attributes:
-        rewards: (Q,) the gradient of positives.
-        parts: (Q,) what each positive that has passed a negative adds to its gradient.
-    """
-
-    rewards: Tensor
-    parts: Tensor
-
-
 class Line:
     """The Q positives of all sequences, one sequence after the other, highest first.
 
+    Without levels the dimension of the thresholds is left out of all shapes here.
+
     Args:
         sequence: (Q,) the sequence of each, ascending.
-        rank: (Q,) its rank in the sequence.
-        level: (Q,) its level; ``None`` if all reach everything.
+        edges: (S + 1,) the index of the first positive of each sequence, and the end.
+        position: (Q,) 1, 2, … Q.
+        level: (Q,) the level of each; ``None`` if all reach everything.
         levels: The thresholds.
+        above: (Q,) how many negatives of its sequence are above each; or
+        rank: (Q,) its rank in the sequence.
 
     Attributes:
         first: (Q,) the index of the first positive of the same sequence.
-        end: (Q,) that after the last one.
-        reaches: (K, Q) whether it is a positive at a threshold.
-        among: (K, Q) its rank among those of the sequence that are.
-        unit: What a fixed-point integer of this line is divided by.
+        present: (S,) whether a sequence has a positive.
+        among: (K, Q) the rank of each among those of its sequence that reach t.
+        number: (K, Q) what the loss of a sequence is divided by.
+        unit: What fixed-point integers are divided by.
     """
 
     def __init__(
-        self, sequence: Tensor, rank: Tensor, level: Optional[Tensor], levels: Levels
+        self,
+        sequence: Tensor,
+        edges: Tensor,
+        position: Tensor,
+        level: Optional[Tensor],
+        levels: Levels,
+        above: Optional[Tensor] = None,
+        rank: Optional[Tensor] = None,
     ) -> None:
-        self.sequence, self.rank = sequence, rank
-        self.first = torch.searchsorted(sequence, sequence)
-        self.end = torch.searchsorted(sequence, sequence, right=True)
-        self.index = torch.arange(len(sequence), device=sequence.device)
-        if level is None:
-            self.reaches = torch.ones_like(sequence, dtype=torch.bool).unsqueeze(0)
-        else:
-            thresholds = torch.arange(levels.count, device=sequence.device)
-            self.reaches = level >= thresholds.unsqueeze(1)
-        self.all_reach = level is None
-        # How many before each reach a threshold, (K, Q + 1).
-        self.sums = running_sums(self.reaches)
-        self.before = self.sums.index_select(1, self.first)
-        self.among = self.sums[:, 1:] - self.before
-        number = self.sums.index_select(1, self.end) - self.before
-        if levels.over_all:
-            number = (self.end - self.first).expand_as(number)
-        self.number = number.clamp(min=1)
+        self.sequence, self.edges, self.position = sequence, edges, position
+        self.level, self.levels = level, levels
+        self.first = edges.index_select(0, sequence)
+        counts = edges[1:] - edges[:-1]
+        self.present = counts > 0
+        self.count = counts.index_select(0, sequence)
+        self.among, self.number = position - self.first, self.count
+        if above is not None:
+            rank = self.among + above
+        assert rank is not None
+        self.rank = rank
+        if level is not None:
+            before = self.sums.index_select(1, self.first)
+            self.among = self.sums[:, 1:] - before
+            if not levels.over_all:
+                end = self.first + self.count
+                self.number = self.sums.index_select(1, end) - before
+        self.number = self.number.clamp(min=1)
         # Sums of shares over a sequence and all thresholds are below 2^63.
-        bits = 62 - levels.count.bit_length()
-        self.unit = 2.0**bits * levels.count
-        self.share = (torch.ones_like(rank) << bits) // rank
+        bits = 62 - levels.thresholds.bit_length()
+        self.unit = 2.0**bits * levels.thresholds
+        self.share = torch.full_like(rank, 1 << bits) // rank
 
-    def mean(self, numerators: Tensor, edges: Tensor) -> Tensor:
-        """Sum ``numerator / rank / number`` over each sequence and all thresholds.
+    @cached_property
+    def reaches(self) -> Optional[Tensor]:
+        """Whether each is a positive at a threshold, (K, Q); ``None`` if all are."""
+        if self.level is None:
+            return None
+        return self.level >= _thresholds(self.levels.thresholds, self.level.device)
 
-        Args:
-            numerators: (K, Q) integers up to the rank.
-            edges: (S + 1,) the index of the first positive of each sequence, and Q.
+    @cached_property
+    def sums(self) -> Tensor:
+        """How many before each, and in all, reach a threshold, (K, Q + 1)."""
+        if self.reaches is None:
+            return pad(self.position, (1, 0))
+        return running_sums(self.reaches)
 
-        Returns:
-            (S,), in units of ``unit``.
-        """
-        values = self.share * numerators // self.number
-        sums = running_sums(self._of_reaching(values).sum(0)).index_select(0, edges)
-        return sums[1:] - sums[:-1]
+    @property
+    def before(self) -> Tensor:
+        """How many in earlier sequences reach a threshold, (K, Q)."""
+        return self.sums.index_select(-1, self.first)
 
     def _of_reaching(self, values: Tensor) -> Tensor:
         """Return values (K, Q), zero where a threshold is not reached."""
-        return values if self.all_reach else values * self.reaches
+        return values if self.reaches is None else values * self.reaches
+
+    def _of_others(self, values: Tensor) -> Tensor:
+        """Return values (K, Q), zero where a threshold is reached."""
+        assert self.reaches is not None
+        return values.masked_fill(self.reaches, 0)
+
+    def _over_all(self, values: Tensor) -> Tensor:
+        """Sum values over the thresholds, (Q,)."""
+        return values if self.level is None else values.sum(0)
 
     def _demoted(self, place: Tensor) -> Tensor:
         """Count those of a sequence before a place that do not reach t, (K, Q)."""
-        before = self.sums.gather(1, place.expand_as(self.reaches)) - self.before
+        before = self.sums.gather(1, place.expand_as(self.among)) - self.before
         return place - self.first - before
 
-    def move_singly(self, above: Optional[Tensor], place: Optional[Tensor]) -> Move:
+    @cached_property
+    def losses_at_top(self) -> Tensor:
+        """What each would lose of ``1 - AP`` if it moved to the top, (Q,), negative."""
+        lacking = self.share * (self.among - self.rank)
+        return self._over_all(self._of_reaching(lacking // self.number))
+
+    def losses(self) -> Tensor:
+        """``1 - AP`` of each sequence, 0 without positives, (S,), times ``unit``."""
+        sums = running_sums(self.losses_at_top).index_select(0, self.edges)
+        return sums[:-1] - sums[1:]
+
+    def precisions(self) -> Tensor:
+        """AP of each sequence, 0 without positives, (S,), times ``unit``."""
+        precisions = self._over_all(self.share * self.among // self.number)
+        sums = running_sums(precisions).index_select(0, self.edges)
+        return sums[1:] - sums[:-1]
+
+    def move_singly(
+        self, above: Optional[Tensor] = None, place: Optional[Tensor] = None
+    ) -> Tuple[Tensor, Tensor]:
         """Algorithm 1 on the rank of each positive among the negatives, on its own.
 
         Args:
             above: (Q,) how many negatives stay above each positive that has moved.
-            place: (Q,) the index of the first positive that is below it then. ``None``
-                if it has moved to the top, both.
+            place: (Q,) the index of the first positive that is below it then. ``None``,
+                as ``above`` is, if all move to the top.
+
+        Returns:
+            The gradient of the positives, and what each adds to that of a negative that
+            it has passed, (Q,), times ``unit``.
         """
-        now = self.among
-        if above is not None and place is not None:
-            now = now + above
-            if not self.all_reach:
-                now = now + self._demoted(place)
-        passed = (self.rank - now).clamp_(min=0)
-        share = self.share * self.among // now.clamp(min=1)
-        gain = self._of_reaching(share * passed // self.number)
-        parts = self._of_reaching(share // self.number * (passed > 0))
-        rewards = -gain.sum(0)
-        if not self.all_reach:
+        if above is None or place is None:
+            rewards, parts = self.losses_at_top, self.share // self.number
+        else:
+            now = self.among + above
+            if self.level is not None:
+                now = (now + self._demoted(place)).clamp_(min=1)
+            passed = (self.rank - now).clamp_(min=0)
+            share = self.share * self.among // now
+            gains = self._of_reaching(share * passed // self.number)
+            rewards = -self._over_all(gains)
+            parts = (share // self.number).mul_(passed > 0)
+        parts = self._of_reaching(parts)
+        if self.level is not None:
             # Of those below, the first ones up to here have passed.
-            last = self.end
-            if place is not None:
-                last = torch.searchsorted(place, self.index, right=True)
+            if place is None:
+                last = self.first + self.count
+            else:
+                last = torch.searchsorted(place, self.position - 1, right=True)
             sums = running_sums(parts)
             blame = sums.index_select(1, last) - sums[:, 1:]
-            rewards += (blame * ~self.reaches).sum(0)
-        return Move(rewards, parts.sum(0))
+            rewards = rewards + self._over_all(self._of_others(blame))
+        return rewards, self._over_all(parts)
 
     def rise(self, step: Tensor) -> Tensor:
         """How far Algorithm 1 moves the positives, all at once, (K, Q).
@@ -161,26 +211,33 @@ class Line:
         rank = self.rank.to(step.dtype)
         rise = step * self.among / (self.number * rank * rank)
         rise.clamp_(max=torch.finfo(step.dtype).max)  # -inf + inf has no rank
-        return rise * self.reaches  # of finite numbers
+        return self._of_reaching(rise)
 
     def jump(self, moved: Tensor, above: Tensor, place: Tensor) -> Tensor:
-        """How many ranks the positives lose in a move of all, over all thresholds, (Q,).
+        """Return how many ranks each loses in a move of all, over thresholds, (Q,).
 
         Args:
             moved: (K, Q) their scores then; ties keep their order.
             above: (K, Q) how many negatives are above each then.
             place: (K, Q) the index of the first positive that was below that score.
         """
-        order = moved.argsort(dim=1, descending=True, stable=True)
-        order = order.gather(1, self.sequence[order].argsort(dim=1, stable=True))
-        among = self.reaches.gather(1, order).cumsum(1)
-        among -= self.before.gather(1, order)
-        now = torch.empty_like(among).scatter_(1, order, among) + above
-        if self.all_reach:
-            return (now - self.rank).sum(0)
-        jump = (now + self._demoted(place) - self.rank) * self.reaches
+        order = moved.argsort(dim=-1, descending=True, stable=True)
+        order = order.gather(-1, self.sequence[order].argsort(dim=-1, stable=True))
+        among = self.position
+        if self.reaches is not None:
+            among = self.reaches.gather(1, order).cumsum(1)
+        among = among - self.before.gather(-1, order)
+        now = torch.empty_like(among).scatter_(-1, order, among) + above
+        if self.reaches is None:
+            return now - self.rank
+        jump = self._of_reaching(now + self._demoted(place) - self.rank)
         # A demoted one loses a rank for each that passes it.
-        beyond = place.masked_fill(~self.reaches, len(self.index) + 1).sort(dim=1)[0]
-        index = self.index.expand_as(place).contiguous()
-        passed = torch.searchsorted(beyond, index, right=True) - self.sums[:, :-1]
-        return (jump + passed * ~self.reaches).sum(0)
+        index = (self.position - 1).expand_as(place).contiguous()
+        passed = torch.searchsorted(self.beyond(place), index, right=True)
+        return (jump + self._of_others(passed - self.sums[:, :-1])).sum(0)
+
+    def beyond(self, place: Tensor) -> Tensor:
+        """Sort the places of those that reach a threshold, (K, Q); others are last."""
+        if self.reaches is not None:
+            place = place.masked_fill(~self.reaches, torch.iinfo(place.dtype).max)
+        return place.sort(dim=-1)[0]

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from .checks import representable
-from .lines import Levels, Line, running_sums
+from .lines import ALL, Levels, Line, running_sums
 from .sequences import Ranking
 
 
@@ -71,13 +71,14 @@ class _Solver:
         # A key is sequence * step + kinds * score + code, the score as an integer of 32
         # bits. So the keys of a sequence are within half a step of its multiple.
         lowest = 1 if levels.of_rows is None else 2  # the code of level 0
-        self.bits = (levels.count - 1 + lowest).bit_length()
+        self.bits = (levels.thresholds - 1 + lowest).bit_length()
         self.step = 1 << (32 + self.bits)
         missing = None if exists is None else ~exists
         widths = [scores.size(1) if r.per_class else 1 for r in rankings]
         sizes = [r.num_sequences(scores.size(1)) for r in rankings]
-        # Entries that do not exist have a sequence of their own, the last.
-        self.sizes, last = [*sizes, 1], sum(sizes)
+        # What does not exist has a sequence of its own. What could be a positive and is
+        # none has another, beyond all entries.
+        self.sizes, last = [*sizes, 1, 1], sum(sizes)
         if (last + 1) * self.step > 1 << 62:
             raise ValueError(
                 f"solver='sort' ranks fewer than {(1 << 62) // self.step} sequences at "
@@ -103,42 +104,36 @@ class _Solver:
         code = code[self.entry]
         # The first place of each sequence; how many positives are before each place.
         bounds = torch.arange(
-            -self.step // 2, (last + 1) * self.step, self.step, device=scores.device
+            -self.step // 2, (last + 2) * self.step, self.step, device=scores.device
         )
-        edges = torch.searchsorted(self.keys, bounds)  # (S + 1,)
-        self.lengths = edges[1:] - edges[:-1]
-        kind = (1 << self.bits) - 1
-        self.above = running_sums(code & kind > 0)  # (M + 1,)
-        self.edges = self.above[edges]
-        self.present = self.edges[1:] > self.edges[:-1]
+        self.edges = torch.searchsorted(self.keys, bounds)  # (S + 1,)
+        kinds = (1 << self.bits) - 1
+        kind = code & kinds
+        self.above = running_sums(kind > 0 if kinds > 1 else kind)  # (M + 1,)
         # The places of the positives; M for those that could be and are not.
         most = min(sum(self.rows), len(code)) if one_per_row else len(code)
-        numbers = torch.arange(1, most + 1, device=scores.device)
-        self.place = torch.searchsorted(self.above[1:], numbers)
-        self.missing = self.place == len(code)
-        place = self.place.clamp(max=len(code) - 1)
-        code = code[place].masked_fill_(self.missing, last * self.step)
-        self.own = self.scores[self.entry[place]]
+        position = torch.arange(1, most + 1, device=scores.device)
+        self.place = torch.searchsorted(self.above[1:], position)
+        self.clamped = self.place.clamp(max=len(code) - 1)
+        missing = self.place == len(code)
+        code = code[self.clamped].masked_fill_(missing, (last + 1) * self.step)
         sequence = code // self.step
-        self.start = edges[sequence]
+        self.start = self.edges[sequence]
         rank = self.place + 1 - self.start
-        # So low that they have no share in anything.
-        rank = rank.masked_fill_(self.missing, 1 << 62)
-        level = None if levels.of_rows is None else (code & kind) - lowest
-        self.line = Line(sequence, rank, level, levels)
+        level = None if levels.of_rows is None else (code & kinds) - lowest
+        self.line = Line(
+            sequence, self.above[self.edges], position, level, levels, rank=rank
+        )
+
+    @property
+    def own(self) -> Tensor:
+        """The scores of the positives, (Q,)."""
+        return self.scores[self.entry[self.clamped]]
 
     def lambd(self) -> Tensor:
         """λ of each sequence, (S,)."""
-        pairs = zip(self.sizes, [*self.lambds, 1.0])
+        pairs = zip(self.sizes, [*self.lambds, 1.0, 1.0])
         return torch.cat([self.scores.new_full((n,), lambd) for n, lambd in pairs])
-
-    def mean(self, numerators: Tensor) -> Tensor:
-        """Mean of ``numerator / rk`` over the positives of each sequence, (S,).
-
-        The numerators (K, Q) are at most ``rk``. Without positives it is 0.
-        """
-        sums = self.line.mean(numerators, self.edges)
-        return sums.to(self.scores.dtype) / self.line.unit
 
     def _reached(self, moved: Tensor) -> Tensor:
         """Count the entries down to the scores of positives that move, (…, Q)."""
@@ -154,27 +149,28 @@ class _Solver:
         """Put values (M,) in the order of the entries."""
         return torch.empty_like(values).scatter_(0, self.entry, values)
 
-    def move_together(self) -> Tensor:
+    def move_together(self) -> Tuple[Tensor, float]:
         """Algorithm 1 on the ranking of a sequence: all positives move at once.
 
-        Returns, as :meth:`move_singly` does, the gradient of ``1 - AP``, (M,).
+        Returns, as :meth:`move_singly` does, the gradient of ``1 - AP``, (M,), and what
+        it is to be divided by.
         """
         line, dtype = self.line, self.scores.dtype
-        step = self.lengths.to(dtype) * self.lambd()
+        step = self.edges.diff().to(dtype) * self.lambd()
         moved = self.own + line.rise(step[line.sequence])
         reached = self._reached(moved)
         place = self.above[reached]
         jump = line.jump(moved, self._negatives(reached, place), place)
         # A negative loses a rank for each that passes it.
-        beyond = reached.masked_fill(~line.reaches | self.missing, len(self.above))
-        ends = torch.arange(len(self.above), device=beyond.device)
-        after = torch.searchsorted(beyond.view(-1).sort()[0], ends, right=True)
-        ranks = after - line.sums.sum(0)[self.above]
+        ends = torch.arange(len(self.above), device=reached.device)
+        beyond = line.beyond(reached).view(-1).sort()[0]
+        before = line.sums if line.reaches is None else line.sums.sum(0)
+        ranks = torch.searchsorted(beyond, ends, right=True) - before[self.above]
         ranks.scatter_(0, self.place, jump)  # the last one is for those that are not
         sequence = (self.keys + self.step // 2) // self.step
-        return self._restore(ranks[:-1] / (step * self.levels.count)[sequence])
+        return self._restore(ranks[:-1] / step[sequence]), self.levels.thresholds
 
-    def move_singly(self) -> Tensor:
+    def move_singly(self) -> Tuple[Tensor, float]:
         """Algorithm 1 on the rank of each positive among the negatives, on its own."""
         line, reached, place, above = self.line, self.start, None, None
         if min(self.lambds) < float('inf'):
@@ -183,14 +179,14 @@ class _Solver:
             reached = torch.where(lambd.isinf(), self.start, reached)
             place = self.above[reached]
             above = self._negatives(reached, place)
-        move = line.move_singly(above, place)
+        rewards, parts = line.move_singly(above, place)
         # Of the positives below a negative, the first ones up to here have passed it.
         ends = torch.arange(len(self.above), device=reached.device)
         last = torch.searchsorted(reached, ends, right=True)
-        sums = running_sums(move.parts)
+        sums = running_sums(parts)
         gradient = sums[last] - sums[self.above]
-        gradient.scatter_(0, self.place, move.rewards)
-        return self._restore(gradient[:-1].to(self.scores.dtype) / line.unit)
+        gradient.scatter_(0, self.place, rewards)
+        return self._restore(gradient[:-1].to(self.scores.dtype)), line.unit
 
 
 def _rows(values: Tensor, ranking: Ranking) -> Tensor:
@@ -208,11 +204,12 @@ class _SortAPLoss(torch.autograd.Function):
         line = solver.line
         if ctx.needs_input_grad[0]:
             move = solver.move_together if together else solver.move_singly
-            gradient = move().view(sum(solver.rows), scores.size(1))
+            gradient, ctx.unit = move()
+            gradient = gradient.view(sum(solver.rows), scores.size(1))
             ctx.save_for_backward(*gradient.split(solver.rows))
         ctx.shape, ctx.rankings = scores.shape, given[2]
-        losses = solver.mean(line.rank - line.among).split(solver.sizes)[:-1]
-        present = solver.present.split(solver.sizes)[:-1]
+        losses = (line.losses().to(scores.dtype) / line.unit).split(solver.sizes)[:-2]
+        present = line.present.split(solver.sizes)[:-2]
         ctx.mark_non_differentiable(*present)
         ctx.set_materialize_grads(False)
         return (*losses, *present)
@@ -226,7 +223,8 @@ class _SortAPLoss(torch.autograd.Function):
                 if ranking.groups is not None:
                     width = ctx.shape[1] if ranking.per_class else 1
                     grad = grad.view(-1, width)[ranking.groups]
-                _rows(result, ranking).addcmul_(gradient, grad)
+                of = _rows(result, ranking)
+                of.addcmul_(gradient, grad, value=1 / ctx.unit)
         return result, None, None, None, None, None, None
 
 
@@ -237,14 +235,14 @@ def sort_ap_loss(
     rankings: Sequence[Ranking],
     together: bool,
     one_per_row: bool = False,
-    levels: Levels = Levels(),
+    levels: Levels = ALL,
 ) -> List[Tuple[Tensor, Tensor]]:
     """``1 - AP`` of each sequence of each ranking, with the blackbox gradient.
 
     ``scores`` (N, C) are float32 or float64, ``codes`` (N, C) 0 for negatives, 1 for
-    positives; of positives with a level, it plus 2. ``exists`` (N, C) or (N, 1) is False
-    where an entry is in no sequence, or ``None``. With ``together`` all positives of a
-    sequence are perturbed at once. ``one_per_row`` promises that no row has more
+    positives; of positives with a level, it plus 2. ``exists`` (N, C) or (N, 1) is
+    False where an entry is in no sequence, or ``None``. With ``together`` all positives
+    of a sequence are perturbed at once. ``one_per_row`` promises that no row has more
     positives, which saves work. Returns for each ranking the losses (S,), and (S,) True
     where there is a positive.
     """
@@ -258,7 +256,7 @@ def sort_average_precision(
 ) -> Tensor:
     """Exact AP of each sequence of a ranking, (S,); NaN without positives."""
     scores = scores.detach()
-    solver = _Solver(scores, positive, exists, [ranking], False, Levels())
-    precision = solver.mean(solver.line.among)
-    precision.masked_fill_(~solver.present, float('nan'))
+    solver = _Solver(scores, positive, exists, [ranking], False, ALL)
+    precision = solver.line.precisions().to(scores.dtype) / solver.line.unit
+    precision.masked_fill_(~solver.line.present, float('nan'))
     return precision.split(solver.sizes)[0]

@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from .checks import representable
 from .chunks import Chunks, Negatives, reaching
-from .lines import Levels, Line
+from .lines import ALL, Levels, Line
 from .margin import Shift
 from .past import Past
 from .sequences import Kinds, Ranking
@@ -117,11 +117,12 @@ class _Move(NamedTuple):
     """The gradient of the losses of one ranking, found by moving its positives.
 
     That of a negative is ``old`` at its gap before the move, less ``new`` at its gap
-    after the move.
+    after the move. All is to be divided by ``unit``.
     """
 
     rewards: Tensor  # (Q,) the gradient of the positives of the line
     old: Tensor  # (S + 1, gaps)
+    unit: float
     new: Optional[Tensor] = None  # (S + 1, gaps); None where it is zero
     cells: Sequence[Tensor] = ()  # as in _Placed, after the move
 
@@ -141,7 +142,7 @@ class _Solver:
         rankings: Sequence[Ranking],
         shift: Shift,
         past: Sequence[Past] = (),
-        levels: Levels = Levels(),
+        levels: Levels = ALL,
     ) -> None:
         self.levels = levels
         self.dtype, self.count = scores.dtype, scores.numel()
@@ -166,15 +167,16 @@ class _Solver:
         self.negatives: List[Negatives] = []  # of each chunk, if positives will move
         self.moves = any(of.lambd < float('inf') for of in rankings)
         self.level = self._levels()
-        first = None if self.level is None else self.level.argsort(stable=True)
-        self.before = self._place(self.scores, self._find, first)
+        ties = None if self.level is None else self.level.argsort(stable=True)
+        self.before = self._place(self.scores, self._find, ties)
         # For each ranking the order of the positives in its line, (P,), and the line.
-        self.orders, self.lines = [], []
+        self.orders: List[Tensor] = []
+        self.lines: List[Line] = []
+        descending = self.before.positives.order.flip(0)
         for number, own in enumerate(self.own):
-            order = self.before.positives.order.flip(0)
-            order = order[own.index_select(0, order).argsort(stable=True)]
-            self.orders.append(order)
-            self.lines.append(self._line(number, order))
+            sequence, order = own.index_select(0, descending).sort(stable=True)
+            self.orders.append(descending.index_select(0, order))
+            self.lines.append(self._line(number, sequence))
 
     def _exists(
         self, exists: Optional[Tensor], rows: Sequence[int]
@@ -192,21 +194,22 @@ class _Solver:
             return None
         found = []
         steps = [(self.positives, self.levels.of_rows)]
-        count = self.levels.count
+        count = self.levels.thresholds
         steps += [(of.positives(), of.reached(count)) for of in self.past]
         for index, levels in steps:
             row = torch.div(index, self.columns, rounding_mode='floor')
             found.append(levels.index_select(0, row))
         return torch.cat(found)
 
-    def _line(self, number: int, order: Tensor) -> Line:
-        """Return the positives of a ranking, sequence by sequence."""
-        sequence = self.own[number].index_select(0, order)
-        index = torch.arange(len(order), device=order.device)
-        among = index - torch.searchsorted(sequence, sequence) + 1
-        above = self._above(self.before, number, 1)[0].index_select(0, order)
+    def _line(self, number: int, sequence: Tensor) -> Line:
+        """Return the positives of a ranking, which are in these sequences, (P,)."""
+        order = self.orders[number]
+        bounds = torch.arange(self.sizes[number] + 1, device=order.device)
+        edges = torch.searchsorted(sequence, bounds)
+        position = torch.arange(1, len(order) + 1, device=order.device)
+        above = self._above(self.before, number).index_select(0, order)
         level = None if self.level is None else self.level.index_select(0, order)
-        return Line(sequence, among + above, level, self.levels)
+        return Line(sequence, edges, position, level, self.levels, above)
 
     def _lowest(self) -> Tensor:
         """Return for each kind the lowest positive of all its sequences, (kinds,)."""
@@ -248,9 +251,11 @@ class _Solver:
         table = table.view(self.kinds.count, positives.gaps)
         return _Placed(scores, positives, cells, table)
 
-    def _above(self, placed: _Placed, number: int, moves: int) -> Tensor:
-        """Count the negatives above each positive in a ranking, (moves, P)."""
-        own, size = self.own[number].repeat(moves), self.sizes[number]
+    def _above(self, placed: _Placed, number: int) -> Tensor:
+        """Count the negatives above each positive in a ranking, (P,) or (K * P,)."""
+        own, size = self.own[number], self.sizes[number]
+        if len(own) < len(placed.scores):  # after a move of all
+            own = own.repeat(self.levels.thresholds)
         negatives = placed.table.new_zeros((size, placed.positives.gaps))
         of = self.kinds.sequences[number][:-1]
         negatives = negatives.index_add_(0, of, placed.table).cumsum(1)
@@ -258,7 +263,7 @@ class _Solver:
         above = above - negatives[own, placed.positives.below]
         if len(own) and self.past and self.rankings[number].num_rows is None:
             above += self._past_above(placed.scores, own, number)
-        return above.view(moves, -1)
+        return above
 
     def _past_above(self, scores: Tensor, own: Tensor, number: int) -> Tensor:
         """Count the past negatives above each positive in its sequence."""
@@ -275,26 +280,6 @@ class _Solver:
         asked = scores.new_zeros((self.columns, int(place.max()) + 1))
         asked[own, place] = scores
         return torch.stack([of.above(asked)[own, place] for of in self.past]).sum(0)
-
-    def losses(self, number: int, precision: bool = False) -> Tensor:
-        """``1 - AP`` or AP of each sequence of a ranking, (S,); NaN without positives."""
-        line = self.lines[number]
-        sums = line.mean(
-            line.among if precision else line.rank - line.among, self.edges(number)
-        )
-        sums = sums.double() / line.unit
-        return sums.masked_fill_(~self.present(number), float('nan'))
-
-    def edges(self, number: int) -> Tensor:
-        """Return where the sequences of a ranking begin in its line, (S + 1,)."""
-        sequence = self.lines[number].sequence
-        numbers = torch.arange(self.sizes[number], device=sequence.device)
-        return torch.searchsorted(sequence, numbers)
-
-    def present(self, number: int) -> Tensor:
-        """Return whether the sequences of a ranking have a positive, (S,)."""
-        edges = self.edges(number)
-        return edges[1:] > edges[:-1]
 
     def _move(self, rise: Any) -> _Placed:
         """Raise the positives, sort them again and count the negatives among them."""
@@ -321,26 +306,26 @@ class _Solver:
         of, order, count = (
             self.kinds.sequences[number],
             self.orders[number],
-            self.levels.count,
+            self.levels.thresholds,
         )
         lengths = own.new_zeros(size).index_add_(0, of, self.kinds.lengths(self.exists))
         lambd = max(self.rankings[number].lambd, torch.finfo(self.dtype).tiny)
         step = (lengths.double() * lambd).masked_fill_(lengths == 0, 1.0)
         rise = line.rise(step.index_select(0, line.sequence)).to(self.dtype)
         rise.clamp_(max=torch.finfo(self.dtype).max)  # -inf + inf has no rank
-        rises = torch.empty_like(rise).index_copy_(1, order, rise)
+        rises = torch.empty_like(rise).index_copy_(-1, order, rise)
         after = self._move(rises)
-        moved = after.scores.view(count, -1).index_select(1, order)
-        above = self._above(after, number, count).index_select(1, order)
+        moved = after.scores.view(rise.shape).index_select(-1, order)
+        above = self._above(after, number).view(rise.shape).index_select(-1, order)
         jump = line.jump(moved, above, self._passed(moved, number))
+        ones = torch.ones_like(own) if line.reaches is None else line.reaches.long()
+        ones = torch.empty_like(ones).index_copy_(-1, order, ones)
+        old = self.before.positives.sums(ones.view(count, -1).sum(0), own, size)
+        new = after.positives.sums(ones.view(-1), own.repeat(count), size)
         step *= count
-        reaches = (
-            torch.empty_like(line.reaches).index_copy_(1, order, line.reaches).long()
-        )
-        old = self.before.positives.sums(reaches.sum(0), own, size)
-        new = after.positives.sums(reaches.view(-1), own.repeat(count), size)
         old, new = (table / step.unsqueeze(1) for table in (old, new))
-        return _Move(jump / step.index_select(0, line.sequence), old, new, after.cells)
+        jump = jump / step.index_select(0, line.sequence)
+        return _Move(jump, old, 1.0, new, after.cells)
 
     def move_singly(self, number: int) -> _Move:
         """Algorithm 1 on the rank of each positive among the negatives, on its own."""
@@ -350,16 +335,16 @@ class _Solver:
         if lambd < float('inf'):
             after = self._move(representable(lambd, self.dtype))
             # Each has moved alone: its rank among the positives is the old one.
-            above = self._above(after, number, 1)[0].index_select(0, order)
+            above = self._above(after, number).index_select(0, order)
             passed = self._passed(after.scores.index_select(0, order), number)
         rewards, parts = line.move_singly(above, passed)
         # Each negative that a positive has passed bears an equal part of its gain.
-        parts = parts.double() / line.unit
         part = torch.empty_like(parts).index_copy_(0, order, parts)
         old = self.before.positives.sums(part, own, size)
-        new = None if after is None else after.positives.sums(part, own, size)
-        cells = () if after is None else after.cells
-        return _Move(rewards.double() / line.unit, old, new, cells)
+        if after is None:
+            return _Move(rewards, old, line.unit)
+        new = after.positives.sums(part, own, size)
+        return _Move(rewards, old, line.unit, new, after.cells)
 
     def gradient(self, moves: Sequence[_Move], grads: Sequence[Tensor]) -> Tensor:
         """Return the gradient (N * C,), given that of the losses of each ranking."""
@@ -370,15 +355,15 @@ class _Solver:
         pairs = []
         for number, (move, grad) in enumerate(zip(moves, grads)):
             order, of = self.orders[number], self.kinds.sequences[number]
-            factor = torch.cat([grad.double(), rewards.new_zeros(1)])
+            factor = torch.cat([grad.double() / move.unit, rewards.new_zeros(1)])
             own = factor.index_select(0, self.lines[number].sequence)
             rewards.index_add_(0, order, move.rewards * own)
             factor = factor.index_select(0, of[:-1]).unsqueeze(1)
-            old = move.old.index_select(0, of[:-1]).mul_(factor)
+            old = move.old.index_select(0, of[:-1]) * factor
             if move.new is None:
                 still += old
             else:
-                new = move.new.index_select(0, of[:-1]).mul_(factor)
+                new = move.new.index_select(0, of[:-1]) * factor
                 pairs.append((old.view(-1), new.view(-1), move.cells))
         flat = still.view(-1).to(self.dtype)
         result = self.scores.new_zeros(self.count)
@@ -403,8 +388,8 @@ class _APLoss(torch.autograd.Function):
             ctx.solver, ctx.moves = solver, [move(number) for number in numbers]
             solver.negatives.clear()
         ctx.shape = scores.shape
-        losses = [solver.losses(number) for number in numbers]
-        return tuple(loss.nan_to_num_(0.0).to(scores.dtype) for loss in losses)
+        losses = [(of.losses().double() / of.unit)[:-1] for of in solver.lines]
+        return tuple(loss.to(scores.dtype) for loss in losses)
 
     @staticmethod
     @once_differentiable
@@ -452,7 +437,7 @@ def table_ap_loss(
     shift: Shift,
     together: bool,
     past: Sequence[Past] = (),
-    levels: Levels = Levels(),
+    levels: Levels = ALL,
 ) -> List[Tuple[Tensor, Tensor]]:
     """``1 - AP`` of each sequence of each ranking, with the blackbox gradient.
 
@@ -465,7 +450,7 @@ def table_ap_loss(
     """
     solver = _Solver(scores, positives, exists, rankings, shift, past, levels)
     losses = _APLoss.apply(scores, solver, together)
-    return [(loss, solver.present(number)) for number, loss in enumerate(losses)]
+    return [(loss, of.present[:-1]) for loss, of in zip(losses, solver.lines)]
 
 
 def table_average_precision(
@@ -473,4 +458,6 @@ def table_average_precision(
 ) -> Tensor:
     """Exact AP of each sequence of a ranking, (S,); NaN without positives."""
     solver = _Solver(scores, positives, exists, [ranking], Shift())
-    return solver.losses(0, precision=True).to(scores.dtype)
+    (line,) = solver.lines
+    precisions = (line.precisions().double() / line.unit).to(scores.dtype)
+    return precisions.masked_fill_(~line.present, float('nan'))[:-1]

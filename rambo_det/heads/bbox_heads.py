@@ -117,7 +117,7 @@ class RaMBOBBoxHeadMixin(RaMBOHeadMixin, BoxAverageMixin):
         The first column of ``rois`` (N, 5) is the index of the image in the batch.
         Without proposals there is a classification loss too, unlike in the stock head.
         """
-        compute = super().loss  # type: ignore[misc]
+        compute = super().loss
         if not self.ranks or cls_score is None:
             return compute(cls_score, bbox_pred, rois, *args, **kw)
         with self.recorded_calls() as calls:

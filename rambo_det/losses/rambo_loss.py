@@ -102,6 +102,9 @@ class RaMBOLoss(nn.Module):
             foreground row is a positive only at thresholds up to the IoU of its
             predicted box with its object, and a negative at the others. At a threshold
             of 0 all foreground rows are positives. Defaults to None: at all.
+        overlap_weights (str): The weights of these thresholds: 'equal', as in COCO, or
+            'positives', in proportion to the number of rows that reach it, so that
+            thresholds that few boxes reach have little. Defaults to 'equal'.
 
     Raises:
         TypeError: If an argument is unknown or has the wrong type.
@@ -134,6 +137,7 @@ class RaMBOLoss(nn.Module):
         perturb: str = 'singly',
         gather: Optional[bool] = None,
         overlaps: Optional[Sequence[float]] = None,
+        overlap_weights: str = 'equal',
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -167,7 +171,14 @@ class RaMBOLoss(nn.Module):
         self.perturb = perturb
         self.gather = gather
         self.overlaps = parse_overlaps(overlaps)
+        if overlap_weights not in ('equal', 'positives'):
+            raise ValueError(
+                "RaMBOLoss: overlap_weights must be 'equal' or 'positives', got "
+                f'{overlap_weights!r}'
+            )
+        self.overlap_weights = overlap_weights
         # Moves with the model, and is no state.
+        self._thresholds: Tensor
         thresholds = torch.tensor(self.overlaps or ())
         self.register_buffer('_thresholds', thresholds, persistent=False)
         self.lambd = number('lambd', lambd, positive=True, finite=False)
@@ -203,8 +214,15 @@ class RaMBOLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the settings in the printed model."""
-        names = ('perturb', 'gather', 'margin', 'margin_noise', 'memory', 'scores')
-        names += ('overlaps',)
+        names = (
+            'perturb',
+            'gather',
+            'margin',
+            'margin_noise',
+            'memory',
+            'scores',
+            'overlaps',
+        )
         shown = ', '.join(f'{name}={getattr(self, name)!r}' for name in names)
         terms = [tuple(term) for term in self.terms]
         return f'{shown}, loss_weight={self.loss_weight}, terms={terms}'
@@ -357,7 +375,8 @@ class RaMBOLoss(nn.Module):
             perturb=self.perturb,
             past=past,
             levels=step.levels,
-            num_levels=len(self._thresholds),
+            num_levels=len(self.overlaps or ()),
+            over_all=self.overlap_weights == 'positives',
         )
         # Sequences without a positive have loss 0 and do not count.
         losses = [own for own, _ in results]
@@ -392,10 +411,8 @@ class RaMBOLoss(nn.Module):
             return None
         if overlaps is None and not isinstance(target, Tensor):
             overlaps = target[1]
-        labels = hard_labels(target)
-        check_overlaps(overlaps, labels, self._owners)
-        levels = torch.bucketize(overlaps, self._thresholds, right=True)
-        return levels - 1
+        overlaps = check_overlaps(overlaps, hard_labels(target), self._owners)
+        return torch.bucketize(overlaps, self._thresholds, right=True) - 1
 
     def _scores(self, pred: Tensor) -> Tensor:
         """Turn logits into what is ranked, float32 at least, (N, C)."""

@@ -122,8 +122,8 @@ def check_reduction(reduction_override: Optional[str]) -> None:
 
 def check_overlaps(
     overlaps: Optional[Tensor], labels: Tensor, owners: Sequence[Owner]
-) -> None:
-    """Raise unless there is a floating-point overlap for each row."""
+) -> Tensor:
+    """Return the overlaps; raise unless each row has one in floating point."""
     if overlaps is None:
         bound = next((o.bound for o in owners if o.bound is not None), None)
         cure = 'a head of this package' if bound is None else f'the head type={bound}'
@@ -142,6 +142,7 @@ def check_overlaps(
             f'RaMBOLoss: overlaps must have shape {tuple(labels.shape)}, one value per '
             f'row of pred, got {tuple(overlaps.shape)}'
         )
+    return overlaps
 
 
 def _check_shapes(
