@@ -172,10 +172,13 @@ class _Solver:
         # For each ranking the order of the positives in its line, (P,), and the line.
         self.orders: List[Tensor] = []
         self.lines: List[Line] = []
-        descending = self.before.positives.order.flip(0)
+        descending, total = self.before.positives.order.flip(0), sum(rows)
         for number, own in enumerate(self.own):
-            sequence, order = own.index_select(0, descending).sort(stable=True)
-            self.orders.append(descending.index_select(0, order))
+            sequence, order = own, descending
+            if self.sizes[number] > 2 or rankings[number].rows(total) != (0, total):
+                sequence, order = own.index_select(0, descending).sort(stable=True)
+                order = descending.index_select(0, order)
+            self.orders.append(order)
             self.lines.append(self._line(number, sequence))
 
     def _exists(
@@ -339,7 +342,7 @@ class _Solver:
             passed = self._passed(after.scores.index_select(0, order), number)
         rewards, parts = line.move_singly(above, passed)
         # Each negative that a positive has passed bears an equal part of its gain.
-        part = torch.empty_like(parts).index_copy_(0, order, parts)
+        part = torch.empty_like(parts).index_copy_(0, order, parts).double()
         old = self.before.positives.sums(part, own, size)
         if after is None:
             return _Move(rewards, old, line.unit)
@@ -359,11 +362,11 @@ class _Solver:
             own = factor.index_select(0, self.lines[number].sequence)
             rewards.index_add_(0, order, move.rewards * own)
             factor = factor.index_select(0, of[:-1]).unsqueeze(1)
-            old = move.old.index_select(0, of[:-1]) * factor
+            old = move.old.index_select(0, of[:-1]).mul_(factor)
             if move.new is None:
                 still += old
             else:
-                new = move.new.index_select(0, of[:-1]) * factor
+                new = move.new.index_select(0, of[:-1]).mul_(factor)
                 pairs.append((old.view(-1), new.view(-1), move.cells))
         flat = still.view(-1).to(self.dtype)
         result = self.scores.new_zeros(self.count)
