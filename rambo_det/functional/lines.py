@@ -98,11 +98,10 @@ class Line:
         assert rank is not None
         self.rank = rank
         if level is not None:
-            before = self.sums.index_select(1, self.first)
-            self.among = self.sums[:, 1:] - before
+            self.among = self.sums[:, 1:] - self.before
             if not levels.over_all:
                 end = self.first + self.count
-                self.number = self.sums.index_select(1, end) - before
+                self.number = self.sums.index_select(1, end) - self.before
         self.number = self.number.clamp(min=1)
         # Sums of shares over a sequence and all thresholds are below 2^63.
         bits = 62 - levels.thresholds.bit_length()
@@ -123,12 +122,12 @@ class Line:
             return pad(self.position, (1, 0))
         return running_sums(self.reaches)
 
-    @property
+    @cached_property
     def before(self) -> Tensor:
         """How many in earlier sequences reach a threshold, (K, Q)."""
         return self.sums.index_select(-1, self.first)
 
-    def _of_reaching(self, values: Tensor) -> Tensor:
+    def _only_reaching(self, values: Tensor) -> Tensor:
         """Return values (K, Q), zero where a threshold is not reached."""
         return values if self.reaches is None else values * self.reaches
 
@@ -150,7 +149,7 @@ class Line:
     def losses_at_top(self) -> Tensor:
         """What each would lose of ``1 - AP`` if it moved to the top, (Q,), negative."""
         lacking = self.share * (self.among - self.rank)
-        return self._over_all(self._of_reaching(lacking // self.number))
+        return self._over_all(self._only_reaching(lacking // self.number))
 
     def losses(self) -> Tensor:
         """``1 - AP`` of each sequence, 0 without positives, (S,), times ``unit``."""
@@ -185,16 +184,16 @@ class Line:
                 now = (now + self._demoted(place)).clamp_(min=1)
             passed = (self.rank - now).clamp_(min=0)
             share = self.share * self.among // now
-            gains = self._of_reaching(share * passed // self.number)
+            gains = self._only_reaching(share * passed // self.number)
             rewards = -self._over_all(gains)
             parts = (share // self.number).mul_(passed > 0)
-        parts = self._of_reaching(parts)
+        parts = self._only_reaching(parts)
         if self.level is not None:
             # Of those below, the first ones up to here have passed.
             if place is None:
                 last = self.first + self.count
             else:
-                last = torch.searchsorted(place, self.position - 1, right=True)
+                last = torch.searchsorted(place, self.position)
             sums = running_sums(parts)
             blame = sums.index_select(1, last) - sums[:, 1:]
             rewards = rewards + self._over_all(self._of_others(blame))
@@ -211,7 +210,7 @@ class Line:
         rank = self.rank.to(step.dtype)
         rise = step * self.among / (self.number * rank * rank)
         rise.clamp_(max=torch.finfo(step.dtype).max)  # -inf + inf has no rank
-        return self._of_reaching(rise)
+        return self._only_reaching(rise)
 
     def jump(self, moved: Tensor, above: Tensor, place: Tensor) -> Tensor:
         """Return how many ranks each loses in a move of all, over thresholds, (Q,).
@@ -230,14 +229,14 @@ class Line:
         now = torch.empty_like(among).scatter_(-1, order, among) + above
         if self.reaches is None:
             return now - self.rank
-        jump = self._of_reaching(now + self._demoted(place) - self.rank)
+        jump = self._only_reaching(now + self._demoted(place) - self.rank)
         # A demoted one loses a rank for each that passes it.
-        index = (self.position - 1).expand_as(place).contiguous()
-        passed = torch.searchsorted(self.beyond(place), index, right=True)
+        position = self.position.expand_as(place).contiguous()
+        passed = torch.searchsorted(self.of_reaching(place).sort(dim=1)[0], position)
         return (jump + self._of_others(passed - self.sums[:, :-1])).sum(0)
 
-    def beyond(self, place: Tensor) -> Tensor:
-        """Sort the places of those that reach a threshold, (K, Q); others are last."""
-        if self.reaches is not None:
-            place = place.masked_fill(~self.reaches, torch.iinfo(place.dtype).max)
-        return place.sort(dim=-1)[0]
+    def of_reaching(self, place: Tensor) -> Tensor:
+        """Return places (K, Q), beyond all where a threshold is not reached."""
+        if self.reaches is None:
+            return place
+        return torch.where(self.reaches, place, torch.iinfo(place.dtype).max)

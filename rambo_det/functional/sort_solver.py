@@ -163,7 +163,7 @@ class _Solver:
         jump = line.jump(moved, self._negatives(reached, place), place)
         # A negative loses a rank for each that passes it.
         ends = torch.arange(len(self.above), device=reached.device)
-        beyond = line.beyond(reached).view(-1).sort()[0]
+        beyond = line.of_reaching(reached).view(-1).sort()[0]
         before = line.sums if line.reaches is None else line.sums.sum(0)
         ranks = torch.searchsorted(beyond, ends, right=True) - before[self.above]
         ranks.scatter_(0, self.place, jump)  # the last one is for those that are not

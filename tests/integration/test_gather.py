@@ -75,6 +75,9 @@ CASES = {
         [0.0, 0.3],
     )
 }
+CASES['overlaps'] = dict(
+    CASES['memory-batch, singly, lambd inf, margin 0.3'], overlaps=(0.3, 0.5, 0.7)
+)
 CASES['auxiliary'] = dict(
     scores='log_softmax',
     use_sigmoid=False,
@@ -97,7 +100,12 @@ def steps_of(rank, world, settings, wrap):
         model.zero_grad()
         count = IMAGES if rank is not None else IMAGES * world
         loss = loss_cls(
-            model(features), labels, weight, avg_factor=4.0, images=(images, count)
+            model(features),
+            labels,
+            weight,
+            avg_factor=4.0,
+            images=(images, count),
+            overlaps=features[:, 0].sigmoid(),
         )
         loss.backward()
         losses.append(loss.detach())

@@ -35,6 +35,7 @@ ROWS, CLASSES, STEPS = 128, 20, 9
 MEMORY, IMAGE = dict(span='memory'), dict(span='image')
 SOFTMAX = dict(scores='softmax', use_sigmoid=False)
 LOG_SOFTMAX = dict(scores='log_softmax', use_sigmoid=False)
+OVERLAPS = dict(overlaps=(0.5, 0.6, 0.7, 0.8))
 TOGETHER = dict(perturb='together', lambd=2.0)
 # Settings of the loss, for the rows of two images of a RoI head.
 CASES = {
@@ -57,6 +58,11 @@ CASES = {
     'sigmoid': dict(scores='sigmoid'),
     'softmax': SOFTMAX,
     'log_softmax': LOG_SOFTMAX,
+    'overlaps': OVERLAPS,
+    'overlaps, memory and images': dict(
+        **OVERLAPS, class_ap=MEMORY, pooled_ap=IMAGE, overlap_weights='positives'
+    ),
+    'overlaps, together': dict(**OVERLAPS, **TOGETHER),
     'everything': dict(
         **LOG_SOFTMAX,
         class_ap=dict(**MEMORY, lambd=2.0),
@@ -72,7 +78,7 @@ CASES = {
 
 
 def rows_of(step, columns, rows=ROWS, ignored=0.0):
-    """Logits, labels, weights, images and the ground truth's labels of a step."""
+    """Logits, labels, weights, images, the ground truth's labels and overlaps."""
     generator = torch.Generator().manual_seed(step)
     labels = torch.randint(0, CLASSES, (rows,), generator=generator)
     labels[torch.rand(rows, generator=generator) < 0.75] = CLASSES
@@ -82,18 +88,21 @@ def rows_of(step, columns, rows=ROWS, ignored=0.0):
         (torch.rand(rows, generator=generator) >= ignored).float(),
         torch.arange(2).repeat_interleave(rows // 2),
         labels[labels < CLASSES],
+        torch.rand(rows, generator=generator),
     )
 
 
 def loss_steps(move, watched, settings, **kwargs):
     """Loss, gradient and logged AP of the last of some steps."""
     loss_cls = RaMBOLoss(**settings)
+    loss_cls._thresholds = move(loss_cls._thresholds)
     for step in range(STEPS):
         given = rows_of(step, loss_cls.get_cls_channels(CLASSES), **kwargs)
-        pred, labels, weight, images, objects = move(given)
+        pred, labels, weight, images, objects, overlaps = move(given)
         pred.requires_grad_()
         with watched() if step == STEPS - 1 else contextlib.nullcontext():
-            loss = loss_cls(pred, labels, weight, images=(images, 2), objects=objects)
+            others = dict(images=(images, 2), objects=objects, overlaps=overlaps)
+            loss = loss_cls(pred, labels, weight, **others)
             logged = loss_cls.get_accuracy()
             loss.backward()
     assert len(logged) == len(loss_cls.terms)
@@ -265,6 +274,7 @@ LAYERS = 6
 # How many operators and waits each may take.
 LIMITS = {name: (200, 1) for name in CASES}
 LIMITS.update({'defaults': (120, 1), 'unchecked': (120, 0)})
+LIMITS['overlaps, together'] = (210, 1)
 OTHERS = {
     dense_rows: (120, 1),
     roi_head: (120, 1),
