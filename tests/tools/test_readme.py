@@ -84,6 +84,22 @@ def test_the_picture_shows_the_default_loss(tool):
     assert pooled.precisions() == ['1/1', '', '', '', '2/5', '3/6', '', '', '', '']
 
 
+def test_the_page_of_the_loss_has_all_arguments(tool):
+    import inspect
+
+    from rambo_det import RaMBOLoss
+
+    text = (ROOT / 'docs' / 'loss.md').read_text(encoding='utf-8')
+    table = text.split('## Arguments')[1].split('\n\n')[1]
+    shown = dict(re.findall(r'^\| `(\w+)` \| `([^`]*)` \|', table, re.MULTILINE))
+    found = dict(inspect.signature(RaMBOLoss).parameters)
+    assert set(re.findall(r'^\| `(\w+)`', table, re.MULTILINE)) == {*found} - {
+        'unknown'
+    }
+    assert shown.pop('lambd') == "'infinite'" and found['lambd'].default == float('inf')
+    assert shown == {name: repr(found[name].default) for name in shown}
+
+
 def test_the_readme_shows_the_result_of_the_file(tool):
     start, end = tool.MARKS
     shown = README.read_text(encoding='utf-8').split(start)[1].split(end)[0].strip()

@@ -206,9 +206,9 @@ def result_text(runs: Runs, ours: str) -> str:
             '**No lead at the end of a training is shown yet.** In trainings of four '
             'epochs the default leads cross-entropy. In first runs of twelve epochs, '
             'where the curves are flat, with one seed each, the lead was gone at the '
-            'end ([research log](docs/research-log.md)). Runs of all losses with '
-            'several seeds are being made. The chart shows what is finished: '
-            f'{", ".join(NAMES.get(loss, loss) for loss in runs)}; {setting}.'
+            'end. Runs of all losses with several seeds are being made. The chart '
+            f'shows what is finished: {", ".join(NAMES.get(k, k) for k in runs)}; '
+            f'{setting}.'
         )
     picture = '![AP50 of the losses by epoch](docs/images/result.png)'
     wrapped = textwrap.fill(text, 88, break_long_words=False, break_on_hyphens=False)
