@@ -5,7 +5,7 @@ then notes the scope ``rambo_det``, and looks types up in the registries of that
 Those here are empty and pass on to mmdet's, where everything is registered.
 """
 
-import mmdet.registry  # makes the parents
+import mmdet.registry  # noqa: F401 - makes the parents
 from mmengine import registry as _mmengine
 from mmengine.config.utils import MODULE2PACKAGE
 
