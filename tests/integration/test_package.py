@@ -135,7 +135,7 @@ def test_the_wheel_trains_from_outside_of_the_checkout(site, tmp_path):
     log = run(tmp_path, *tool, 'train', 'own.py', '--work-dir=work', **here)
     assert 'Epoch(train) [1][2/2]' in log and 'pascal_voc/AP50' in log
     # What mmengine says where a scope has no registries, or these no types.
-    assert 'not installed' not in log and 'Failed to' not in log
+    assert 'rambo_det is not installed' not in log and 'Failed to' not in log
     assert (tmp_path / 'work' / 'epoch_1.pth').is_file()
 
 
