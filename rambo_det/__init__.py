@@ -15,11 +15,11 @@ __all__ = ['__version__', 'functional']
 # Looking for mmdet rather than catching ImportError: a broken installation (a missing
 # mmcv, say) must be reported, not silently leave the registry empty.
 if find_spec('mmdet') is not None:
-    from . import heads, hooks
+    from . import heads, hooks, registry
     from .checkpoint import allow_mmengine_checkpoints
     from .heads import *  # noqa: F403
     from .hooks import *  # noqa: F403
     from .losses import RaMBOLoss
 
     allow_mmengine_checkpoints()
-    __all__ += ['RaMBOLoss', *heads.__all__, *hooks.__all__]
+    __all__ += ['RaMBOLoss', *heads.__all__, *hooks.__all__, 'registry']
