@@ -95,8 +95,10 @@ def test_a_scaled_loss_overflows_nowhere_but_in_half_precision(dtype, scores, la
     target = torch.arange(600) % (6 if softmax else 7)
     full = half.float().requires_grad_()
     half.requires_grad_()
-    (loss_cls(half, target) * SCALE).backward()
-    (loss_cls(full, target) * SCALE).backward()
+    losses = loss_cls(half, target), loss_cls(full, target)
+    assert losses[0].dtype == torch.float32 and losses[0] == losses[1]
+    for loss in losses:
+        (loss * SCALE).backward()
     assert torch.isfinite(full.grad).all()
     assert torch.equal(half.grad, full.grad.to(dtype))
     if dtype == torch.bfloat16 or lambd == 30.0:
@@ -150,35 +152,6 @@ def test_mmengines_mixed_precision_ranks_the_same(tmp_path, monkeypatch):
     for pred, target, value in seen:
         assert pred.dtype == torch.bfloat16 and value.dtype == torch.float32
         assert rambo_loss(auxiliary=None)(pred.detach().float(), target) == value
-
-
-# Batches with little in them
-
-
-@pytest.mark.parametrize('span', ['batch', 'image'])
-def test_images_without_objects_cost_nothing(span):
-    """They add negatives to a batch, and no sequence of their own."""
-    term = dict(weight=1.0, span=span)
-    loss_cls = RaMBOLoss(**PLAIN, class_ap=term, pooled_ap=term, loss_weight=1.0)
-    pred, target = random_batch(rows=12)
-    target[6:] = 3  # the second image has no object
-    loss, grad = gradient(loss_cls, pred, target, images=torch.arange(12) // 6)
-    if span == 'image':
-        images = torch.zeros(6).long()
-        expected, _ = gradient(loss_cls, pred[:6], target[:6], images=images)
-        assert loss == expected and (grad[6:] == 0).all()
-    assert torch.isfinite(grad).all()
-
-
-def test_a_class_that_is_never_seen_changes_no_other():
-    pred, target = random_batch(rows=30, classes=4)
-    target[target == 3] = 4  # class 3 has no example
-    loss_cls = RaMBOLoss(**PLAIN, **CLASS, lambd=1.0)
-    loss, grad = gradient(loss_cls, pred, target)
-    target[target == 4] = 3
-    expected, expected_grad = gradient(loss_cls, pred[:, :3], target)
-    assert loss == expected
-    assert torch.equal(grad[:, :3], expected_grad) and (grad[:, 3] == 0).all()
 
 
 # A full disk
