@@ -31,6 +31,7 @@ import numpy as np
 from matplotlib import patheffects
 
 from tools.analysis_tools.detections import Run, load_run
+from tools.common.markdown_table import markdown_table
 
 _RUN_COLOURS = dict(blue='tab:blue', orange='tab:orange')
 
@@ -103,38 +104,24 @@ def _class_colour(label: int, classes: int) -> tuple[float, ...]:
 
 
 def _draw_box(
-    axis: plt.Axes,
-    box: np.ndarray,
-    colour: tuple[float, ...],
-    text: str,
-    dashed: bool = False,
+    axis: plt.Axes, box: np.ndarray, colour: tuple, text: str, dashed: bool = False
 ) -> None:
     """Draws a box with a dark rim, which shows on any background."""
     # A box ends with its last pixel, whose centre imshow puts at the integer.
-    x0, y0, x1, y1 = box[0] - 0.5, box[1] - 0.5, box[2] + 0.5, box[3] + 0.5
-    axis.add_patch(
-        plt.Rectangle(
-            (x0, y0),
-            x1 - x0,
-            y1 - y0,
-            fill=False,
-            edgecolor=colour,
-            linewidth=1.6,
-            linestyle=(0, (3, 2)) if dashed else '-',
-            path_effects=[patheffects.withStroke(linewidth=3, foreground='black')],
-        )
-    )
+    (x0, y0), (x1, y1) = box[:2] - 0.5, box[2:4] + 0.5
+    rim = patheffects.withStroke(linewidth=3, foreground='black')
+    line = dict(edgecolor=colour, linewidth=1.6, path_effects=[rim])
+    line['linestyle'] = (0, (3, 2)) if dashed else '-'
+    axis.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, **line))
     left, right = axis.get_xlim()
-    top = axis.get_ylim()[1]
     # Text that would leave the image at the top goes to the box's lower edge.
-    above = y0 - top > 0.07 * (right - left)
+    above = y0 - axis.get_ylim()[1] > 0.07 * (right - left)
     axis.text(
         np.clip(x0, left, left + 0.75 * (right - left)),
         y0 - 1 if above else y1 + 1,
         text,
         fontsize=6.5,
         color='black' if np.dot(colour, (0.3, 0.59, 0.11)) > 0.5 else 'white',
-        ha='left',
         va='bottom' if above else 'top',
         bbox=dict(facecolor=colour, edgecolor='none', pad=0.8),
         clip_on=True,
@@ -159,48 +146,39 @@ def plot_detections(
             the best F1, since the scores of a ranking have no fixed scale.
     """
     _check_comparable(runs)
-    first = runs[0]
-    count = min(count, len(first.truth))
-    blocks = 2 if count > 1 else 1
-    rows = -(-count // blocks)
-    panels = 1 + len(runs)
+    first, panels = runs[0], 1 + len(runs)
     paths = list(first.images.values())
+    count = min(count, len(paths))
     chosen = np.linspace(0, len(paths) - 1, count).round().astype(int)
     images = [mmcv.imread(paths[index], channel_order='rgb') for index in chosen]
     aspect = np.mean([image.shape[0] / image.shape[1] for image in images])
+    blocks = 2 if count > 1 else 1
+    rows, columns = -(-count // blocks), blocks * panels
+    size = 2.7 * columns, (2.7 * aspect + 0.25) * rows + 0.4
     figure, axes = plt.subplots(
-        rows,
-        blocks * panels,
-        figsize=(2.7 * blocks * panels, (2.7 * aspect + 0.25) * rows + 0.4),
-        squeeze=False,
-        layout='constrained',
+        rows, columns, figsize=size, squeeze=False, layout='constrained'
     )
     for axis in axes.flat:
         axis.axis('off')
-    for place, (index, image) in enumerate(zip(chosen, images)):
-        row, block = divmod(place, blocks)
-        group = axes[row, block * panels : (block + 1) * panels]
-        titles = ['ground truth', *(run.name for run in runs)]
-        if len(runs) == 1:
-            titles[1] = 'detections'
-        for axis, title in zip(group, titles):
+    names = ['detections'] if len(runs) == 1 else [run.name for run in runs]
+    groups = axes.reshape(-1, panels)
+    for group, index, image in zip(groups, chosen, images):
+        for axis, title in zip(group, ['ground truth', *names]):
             axis.imshow(image, interpolation='nearest')
             axis.set_title(title, fontsize=8)
         truth = first.truth[index]
-        for suffix, dashed in (('', False), ('_ignore', True)):
-            for box, label in zip(truth[f'bboxes{suffix}'], truth[f'labels{suffix}']):
-                colour = _class_colour(label, len(first.classes))
-                _draw_box(group[0], box, colour, first.classes[label], dashed)
-        for axis, run in zip(group[1:], runs):
-            for label, found in enumerate(run.detections[index]):
-                limit = score_thr
-                if limit is None:
-                    limit = run.curves[label].best_score
-                colour = _class_colour(label, len(run.classes))
+        for label, name in enumerate(first.classes):
+            colour = _class_colour(label, len(first.classes))
+            for suffix, dashed in (('', False), ('_ignore', True)):
+                own = truth[f'labels{suffix}'] == label
+                for box in truth[f'bboxes{suffix}'][own]:
+                    _draw_box(group[0], box, colour, name, dashed)
+            for axis, run in zip(group[1:], runs):
+                limit = run.curves[label].best_score if score_thr is None else score_thr
+                found = run.detections[index][label]
                 # The best detection is drawn last, on top.
-                for row_of in sorted(found[found[:, 4] >= limit], key=lambda r: r[4]):
-                    text = f'{run.classes[label]} {row_of[4]:.2f}'
-                    _draw_box(axis, row_of, colour, text)
+                for row in sorted(found[found[:, 4] >= limit], key=lambda r: r[4]):
+                    _draw_box(axis, row, colour, f'{name} {row[4]:.2f}')
     shown = "each class's best-F1 score" if score_thr is None else score_thr
     heading = f'detections from {shown} up; dashed: difficult, not counted'
     if len(runs) == 1:
@@ -227,15 +205,11 @@ def plot_all(
 
 def table(runs: Sequence[Run]) -> str:
     """Lays out AP per class and run in columns."""
-    width = max(len(name) for name in (*runs[0].classes, 'objects', 'mean'))
-    lines = [f'{"":{width}}  objects  ' + '  '.join(run.name for run in runs)]
-    for label, name in enumerate(runs[0].classes):
-        aps = [f'{run.curves[label].ap:<{len(run.name)}.3f}' for run in runs]
-        objects = runs[0].curves[label].objects
-        lines.append(f'{name:{width}}  {objects:7d}  ' + '  '.join(aps))
-    means = [f'{run.mean_ap:<{len(run.name)}.3f}' for run in runs]
-    lines.append(f'{"mean":{width}}  {"":7}  ' + '  '.join(means))
-    return '\n'.join(line.rstrip() for line in lines)
+    curves = [run.curves for run in runs]
+    rows = [['', 'objects', *(run.name for run in runs)]]
+    for name, *found in zip(runs[0].classes, *curves):
+        rows.append([name, found[0].objects, *(f'{c.ap:.3f}' for c in found)])
+    return markdown_table([*rows, ['mean', '', *(f'{r.mean_ap:.3f}' for r in runs)]])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
