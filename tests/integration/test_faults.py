@@ -21,7 +21,7 @@ import mmengine.optim.optimizer.amp_optimizer_wrapper as amp
 import rambo_det.hooks.checkpoint as checkpoint_module
 from rambo_det import RaMBOLoss
 from tests.helpers.checkpoints import load_checkpoint
-from tests.helpers.toy_training import examples, loader, rambo_loss, train
+from tests.helpers.toy_training import Restless, examples, loader, rambo_loss, train
 from tests.unit.test_rambo_loss import CLASS, PLAIN, random_batch
 
 INF = math.inf
@@ -225,46 +225,32 @@ def test_full_disk_while_the_last_checkpoint_is_named(tmp_path, monkeypatch):
 
 
 def test_full_disk_with_the_stock_hook(tmp_path, monkeypatch):
-    """Survives where all checkpoints are kept; a half-written file remains."""
+    """It survives where all checkpoints are kept; a half-written file remains.
+
+    Nothing is left where it keeps one: why there is a SafeCheckpointHook.
+    """
     settings = dict(type='CheckpointHook')
-    trained_until_the_disk_is_full(tmp_path, monkeypatch, STOCK, **settings)
+    trained_until_the_disk_is_full(tmp_path / 'a', monkeypatch, STOCK, **settings)
     with pytest.raises(RuntimeError):
-        load_checkpoint(tmp_path / 'epoch_2.pth')
-    resumed(tmp_path, **settings)
-
-
-def test_full_disk_with_the_stock_hook_that_keeps_one(tmp_path, monkeypatch):
-    """Nothing is left: why there is a SafeCheckpointHook."""
-    settings = dict(type='CheckpointHook', max_keep_ckpts=1)
-    trained_until_the_disk_is_full(tmp_path, monkeypatch, STOCK, **settings)
-    assert not Path((tmp_path / 'last_checkpoint').read_text()).exists()
+        load_checkpoint(tmp_path / 'a' / 'epoch_2.pth')
+    resumed(tmp_path / 'a', **settings)
+    settings['max_keep_ckpts'] = 1
+    trained_until_the_disk_is_full(tmp_path / 'b', monkeypatch, STOCK, **settings)
+    assert not Path((tmp_path / 'b' / 'last_checkpoint').read_text()).exists()
 
 
 def test_a_best_checkpoint_is_kept_by_the_safe_hook_too(tmp_path):
-    from tests.helpers.toy_training import Restless
+    scores = iter(range(3))
 
     class Rising(Restless):
         def compute_metrics(self, results):
-            Rising.score = getattr(Rising, 'score', 0) + 1
-            return dict(score=Rising.score)
+            return dict(score=next(scores))
 
-    settings = dict(
-        type='SafeCheckpointHook',
-        interval=1,
-        max_keep_ckpts=1,
-        save_best='score',
-        rule='greater',
-    )
-    runner, _ = train(
-        rambo_loss(),
-        [],
-        tmp_path,
-        3,
-        checkpoint=settings,
-        val_dataloader=loader(examples(number=6)),
-        val_cfg=dict(),
-        val_evaluator=[Rising()],
-    )
+    settings = dict(type='SafeCheckpointHook', interval=1, max_keep_ckpts=1)
+    settings.update(save_best='score', rule='greater')
+    validation = dict(val_dataloader=loader(examples(number=6)), val_cfg=dict())
+    validation.update(checkpoint=settings, val_evaluator=[Rising()])
+    runner, _ = train(rambo_loss(), [], tmp_path, 3, **validation)
     runner.train()
     names = sorted(path.name for path in tmp_path.glob('*.pth*'))
     assert names == ['best_score_epoch_3.pth', 'epoch_3.pth']
