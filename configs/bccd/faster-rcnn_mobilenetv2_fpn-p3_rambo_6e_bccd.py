@@ -1,4 +1,4 @@
-_base_ = './faster-rcnn_mobilenetv2_fpn-tiny_ce_4e_voc-subset.py'
+_base_ = './faster-rcnn_mobilenetv2_fpn-p3_ce_6e_bccd.py'
 custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
 
 model = dict(
