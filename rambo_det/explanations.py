@@ -14,7 +14,8 @@ import os
 import os.path as osp
 import xml.etree.ElementTree as ET
 from collections import Counter
-from typing import Any, Callable, Counter as CounterType, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Sequence
+from typing import Counter as CounterType
 
 import mmengine
 from mmdet.datasets import CocoDataset, XMLDataset
@@ -36,8 +37,8 @@ _Method = Callable[..., Any]
 def one_string(classes: str) -> str:
     """Say what is wrong with a string in the place of a tuple of names."""
     return (
-        f'expected a tuple of class names, got the string classes={classes!r}, of which '
-        'each letter would be a class. A single class needs a comma: '
+        f'expected a tuple of class names, got the string classes={classes!r}, each '
+        'letter of which would be a class. A single class needs a comma: '
         f'classes=({classes!r},)'
     )
 
@@ -160,9 +161,7 @@ def _missing_weights(module: Any, checkpoint: str, error: Exception) -> str:
     message += '\n  Without one: bring the file here, and name it with '
     if read:
         message += f'{read[0]}=FILE in the environment, or with '
-    return (
-        f'{message}{option}.checkpoint=FILE\n  From random weights: {option}=None'
-    )
+    return f'{message}{option}.checkpoint=FILE\n  From random weights: {option}=None'
 
 
 def _pretrained(original: _Method) -> _Method:

@@ -1,6 +1,6 @@
 # The small one, which a CPU can train.
 _base_ = [
-    '../_base_/models/faster-rcnn_mobilenetv2_fpn.py',
+    '../_base_/models/faster-rcnn_mobilenetv2_fpn-p3.py',
     '../_base_/own_data_320.py',
 ]
 
