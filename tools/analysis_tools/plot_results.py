@@ -37,6 +37,8 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
+from rambo_det.own_data import follow_own_data
+
 _RUN_COLOURS = dict(blue='tab:blue', orange='tab:orange')
 
 
@@ -185,7 +187,7 @@ def load_run(
     Raises:
         ValueError: If the predictions are not those of the config's dataset.
     """
-    cfg = Config.fromfile(config)
+    cfg = follow_own_data(Config.fromfile(config))
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
     classes = tuple(dataset.metainfo['classes'])

@@ -10,8 +10,8 @@ OUT gets ``Annotations``, ``JPEGImages`` and ``ImageSets/Main`` with ``train.txt
 Splits are those of the source, where its folders or its JSON files are named train, val
 (or valid) and test. Else they are drawn, with a seed, so that every class is in all of
 them as far as that goes, and that images of one source stay together: identical files,
-copies that Roboflow made (``NAME_jpg.rf.HASH.jpg``), and images whose names differ in a
-last number alone, like frames of a video, if there are several such groups.
+copies that Roboflow made (``NAME_jpg.rf.HASH.jpg``), and images of a folder whose names
+differ in a last number alone, like frames of a video, if there are several such groups.
 
 What is damaged is repaired or left out as check_voc.py does it. OUT/to_voc_report.txt
 lists all that differs from the source.
@@ -82,6 +82,9 @@ def _files(sources: Sequence[Path]) -> list[tuple[Path, Path]]:
             raise ValueError(f'SOURCE must be a folder or a file, got {source}')
         for folder, folders, names in os.walk(source):
             folders.sort()
+            for link in (Path(folder, name) for name in folders):
+                if link.is_symlink():
+                    found[link] = source  # not followed, and reported
             for path in (Path(folder, name) for name in sorted(names)):
                 if path.is_file() and not path.name.startswith('.'):
                     found.setdefault(path, source)
@@ -147,7 +150,7 @@ class Reader:
         self.images = dict(kinds.pop('image', []))
         self._by_name: dict[str, list[Path]] = defaultdict(list)
         for path in self.images:
-            for name in (path.name, path.stem):
+            for name in {path.name, path.stem}:
                 self._by_name[name].append(path)
         xmls, jsons = kinds.pop('.xml', []), kinds.pop('.json', [])
         if not xmls:
@@ -172,19 +175,26 @@ class Reader:
                 )
         for others in kinds.values():
             for path, _ in others:
-                self.left.append(f'{path}: neither image, XML nor JSON')
+                what = (
+                    'a link to a folder' if path.is_dir() else 'no image, XML or JSON'
+                )
+                self.left.append(f'{path}: {what}')
         self._name()
 
     def _find(self, name: str, near: Path, root: Path) -> Path | None:
-        """Return the image of a name in an annotation."""
-        for folder in (near.parent, root, root / 'images', root / IMAGES):
-            if folder / name in self.images:
-                return folder / name
-        found = self._by_name[Path(name.replace('\\', '/')).name]
-        split = _told(near, root)
-        same = [path for path in found if _told(path, self.images[path]) == split]
-        best = found if len(found) == 1 else same
-        return best[0] if len(best) == 1 else None
+        """Return the image of a name in an annotation, from the likeliest folder."""
+        name = name.replace('\\', '/')
+
+        def alike(path: Path) -> tuple[bool, bool, int]:
+            return (
+                f'/{path.as_posix()}'.endswith(f'/{name}'),
+                _told(path, self.images[path]) == _told(near, root),
+                len({*path.parent.parts} & {*near.parent.parts}),
+            )
+
+        found = sorted(self._by_name[Path(name).name], key=alike)
+        unique = len(found) == 1 or (found and alike(found[-1]) > alike(found[-2]))
+        return found[-1] if unique else None
 
     def _add(
         self, image: Path, source: Path, xml: bytes, classes: Counter[str], told: Path
@@ -267,45 +277,43 @@ class Reader:
 
 def _sources(items: Sequence[Item], pattern: str | None) -> str:
     """Note the source of each item, and return how that was found."""
+    known = {name.casefold() for item in items for name in item.classes}
+    groups: dict[str, list[Item]] = defaultdict(list)
+    copies: Counter[str] = Counter()
     for item in items:
-        item.source = _COPY.sub('', item.image.stem)
-    copies = len(items) - len({item.source for item in items})
-    note = f', {copies} of them copies that Roboflow made' if copies else ''
-    if pattern == 'none':
-        return f'not looked for{note}'
-    if pattern:
+        stem, folder = item.image.stem, item.image.parent
+        item.source = str(item.image)
+        if _COPY.search(stem):  # also from one folder to another
+            stem, folder = _COPY.sub('', stem), Path('copies')
+            item.source = str(folder / stem)
+            copies[item.source] += 1
+        start = _NUMBER.sub('', stem)
+        # Files and folders often begin with what they show: that is no source.
+        telling = (start or folder.name).casefold() not in known
+        groups[str(folder / f'{start}#') if telling else item.source].append(item)
+    extra = copies.total() - len(copies)
+    note = f'; {extra} images are copies that Roboflow made' if extra else ''
+    if pattern and pattern != 'none':
         for item in items:
             match = re.search(pattern, item.image.stem)
             if match:
                 item.source = match[match.re.groups and 1]
-        return f'by --source-of {pattern!r}'
-    known = {name.casefold() for item in items for name in item.classes}
-    groups: dict[str, list[Item]] = defaultdict(list)
-    for item in items:
-        start = _NUMBER.sub('', item.source)
-        # Names of files often begin with what they show.
-        telling = start and start.casefold() not in known
-        groups[f'{start}#' if telling else item.source].append(item)
-    several = {key: group for key, group in groups.items() if len(group) > 1}
-    largest = max(map(len, groups.values()))
-    if not several:
-        return f'names tell of none{note}'
-    if len(groups) < len(SPLITS) or largest > 0.6 * len(items):
-        key = max(several, key=lambda name: len(several[name]))
+        return f'{len({i.source for i in items})}, by --source-of {pattern!r}{note}'
+    key, largest = max(groups.items(), key=lambda pair: len(pair[1]))
+    few = len(groups) < len(SPLITS) or len(largest) > 0.6 * len(items)
+    if pattern == 'none' or few or len(largest) == 1:
         return (
-            f'names tell of none{note}. {len(several[key])} begin with '
-            f'{key.rstrip("#")!r}: if these are frames of one video, the test is too '
-            'easy, since neighbours are alike. --source-of REGEX names the part of a '
-            'file name that tells the source'
+            f'names tell none, so each image counts as its own{note}. If images are '
+            'frames of a few videos, the test is too easy, since neighbours are alike: '
+            '--source-of REGEX names the part of a file name that tells the video'
         )
-    for key, group in groups.items():
+    for source, group in groups.items():
         for item in group:
-            item.source = key
-    key = max(several, key=lambda name: len(several[name]))
+            item.source = source
     return (
         f'{len(groups)}, by what stands before the last number in a name, like '
-        f'{key.rstrip("#")!r} with {len(several[key])} images{note}; '
-        '--source-of none ignores names'
+        f'{Path(key).name.rstrip("#") or Path(key).parent.name!r} with {len(largest)} '
+        f'images{note}; --source-of none ignores that'
     )
 
 
