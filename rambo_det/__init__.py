@@ -15,7 +15,7 @@ __all__ = ['__version__', 'functional']
 # Looking for mmdet rather than catching ImportError: a broken installation (a missing
 # mmcv, say) must be reported, not silently leave the registry empty.
 if find_spec('mmdet') is not None:
-    from . import heads, hooks
+    from . import heads, hooks, registry
     from .checkpoint import allow_mmengine_checkpoints
     from .explanations import explain_errors
     from .heads import *  # noqa: F403
@@ -26,3 +26,4 @@ if find_spec('mmdet') is not None:
     allow_mmengine_checkpoints()
     explain_errors()
     __all__ += ['OwnDataRunner', 'RaMBOLoss', *heads.__all__, *hooks.__all__]
+    __all__ += ['registry']

@@ -44,12 +44,3 @@ def test_voc_tiny_shows_the_kinds_of_errors():
     page = (ROOT / 'docs' / 'results.md').read_text(encoding='utf-8')
     content = json.loads((RESULTS / 'voc-tiny-errors.json').read_text(encoding='utf-8'))
     assert error_kinds.table(content) in page
-
-
-def test_detectors_page_shows_the_measured_thresholds():
-    pytest.importorskip('mmdet', reason='the tools need mmdet')
-    from tools.analysis_tools import measure_thresholds
-
-    page = (ROOT / 'docs' / 'detectors.md').read_text(encoding='utf-8')
-    content = json.loads((RESULTS / 'thresholds.json').read_text(encoding='utf-8'))
-    assert measure_thresholds.table(content) in page

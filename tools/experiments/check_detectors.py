@@ -1,6 +1,6 @@
 """Train every shipped detector for some steps on generated images, and look.
 
-    python tools/experiments/check_detectors.py --update README.md
+    python tools/experiments/check_detectors.py --update docs/detectors.md
     python tools/experiments/check_detectors.py --only retinanet fcos
     python tools/experiments/check_detectors.py --table-only
 
