@@ -17,9 +17,13 @@ __all__ = ['__version__', 'functional']
 if find_spec('mmdet') is not None:
     from . import heads, hooks, registry
     from .checkpoint import allow_mmengine_checkpoints
+    from .explanations import explain_errors
     from .heads import *  # noqa: F403
     from .hooks import *  # noqa: F403
     from .losses import RaMBOLoss
+    from .own_data import OwnDataRunner
 
     allow_mmengine_checkpoints()
-    __all__ += ['RaMBOLoss', *heads.__all__, *hooks.__all__, 'registry']
+    explain_errors()
+    __all__ += ['OwnDataRunner', 'RaMBOLoss', *heads.__all__, *hooks.__all__]
+    __all__ += ['registry']

@@ -19,6 +19,8 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
+from rambo_det.own_data import follow_own_data
+
 HIT, MISS, IGNORED = 1, -1, 0
 _COLUMNS = dict(bboxes='boxes', scores='scores', labels='labels')
 
@@ -273,7 +275,7 @@ def load_run(
     Raises:
         ValueError: If the predictions are not those of the config's dataset.
     """
-    cfg = Config.fromfile(config)
+    cfg = follow_own_data(Config.fromfile(config))
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
     classes = tuple(dataset.metainfo['classes'])
