@@ -1,8 +1,8 @@
 """rambo_det: train mmdetection detectors directly for Average Precision.
 
-Importing the package registers ``RaMBOLoss`` and the ``RaMBO…`` heads in mmdet's
-registry where mmdet is installed. Without it, :mod:`rambo_det.functional` still is
-complete: it needs PyTorch alone.
+Importing the package registers ``RaMBOLoss``, the losses that it is compared with, and
+the ``RaMBO…`` heads in mmdet's registry where mmdet is installed. Without it,
+:mod:`rambo_det.functional` still is complete: it needs PyTorch alone.
 """
 
 from importlib.util import find_spec
@@ -19,7 +19,23 @@ if find_spec('mmdet') is not None:
     from .checkpoint import allow_mmengine_checkpoints
     from .heads import *  # noqa: F403
     from .hooks import *  # noqa: F403
-    from .losses import RaMBOLoss
+    from .losses import (
+        APLoss,
+        BucketedAPLoss,
+        BucketedRankSortLoss,
+        RaMBOLoss,
+        RankSortLoss,
+        RoIFocalLoss,
+    )
 
     allow_mmengine_checkpoints()
-    __all__ += ['RaMBOLoss', *heads.__all__, *hooks.__all__]
+    __all__ += [
+        'APLoss',
+        'BucketedAPLoss',
+        'BucketedRankSortLoss',
+        'RaMBOLoss',
+        'RankSortLoss',
+        'RoIFocalLoss',
+        *heads.__all__,
+        *hooks.__all__,
+    ]

@@ -29,7 +29,7 @@ OTHERS = [name for name in CONFIGS if name not in FASTER]
 HEAD = 'model.roi_head.bbox_head'
 LOSS = {f'{HEAD}.loss_cls', f'{HEAD}.type', 'custom_imports'}
 # What `import rambo_det` leaves out.
-LEFT_OUT = 'rambo_det.baselines'
+LEFT_OUT = 'rambo_det.heads.autocast'
 register_all_modules()
 
 

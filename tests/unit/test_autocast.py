@@ -9,7 +9,7 @@ from mmdet.registry import MODELS
 
 @pytest.fixture
 def head():
-    import rambo_det.baselines.autocast  # noqa: F401  registers it
+    import rambo_det.heads.autocast  # noqa: F401  registers it
 
     return MODELS.build(
         dict(

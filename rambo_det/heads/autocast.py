@@ -2,7 +2,8 @@
 
 mmengine's ``AmpOptimWrapper`` wants a GPU, and mmcv's RoIAlign and NMS know no bfloat16
 on a CPU, so that a whole two-stage detector cannot train in it there. The layers whose
-output is ranked can; see ``configs/bccd``.
+output is ranked can; see ``configs/bccd``. ``import rambo_det`` leaves this head out: a
+config asks for it with ``custom_imports = dict(imports=['rambo_det.heads.autocast'])``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from mmdet.registry import MODELS
 from torch import Tensor
 
-from ..heads.bbox_heads import RaMBOShared2FCBBoxHead
+from .bbox_heads import RaMBOShared2FCBBoxHead
 
 
 @MODELS.register_module()
