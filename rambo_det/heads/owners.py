@@ -20,7 +20,7 @@ from mmdet.registry import MODELS
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..losses import Owner, RankingLoss, check_columns
+from ..losses import Owner, RaMBOLoss, RankingLoss, check_columns
 
 _PER_ANCHOR = 'it needs a loss for every single row, and a ranking has none'
 _POSITIVES = 'its loss sees positives only; an objectness tells them from background'
@@ -73,15 +73,14 @@ def _check_matching(head: nn.Module, loss: RankingLoss) -> None:
     costs = getattr(getattr(head, 'assigner', None), 'match_costs', ())
     if loss.has_background or not any(isinstance(c, ClassificationCost) for c in costs):
         return
+    given, cure = '', 'Use FocalLossCost there'
+    if isinstance(loss, RaMBOLoss):
+        given = f' with scores={loss.scores!r}'
+        cure += ", or scores='log_softmax', use_sigmoid=False in loss_cls"
     raise ValueError(
         f'{type(head).__name__}: train_cfg.assigner.match_costs has '
         'ClassificationCost, a softmax over the columns, one of them for the '
-        f'background, but loss_cls={loss.name} has none. Use FocalLossCost there'
-        + (
-            ", or scores='log_softmax', use_sigmoid=False in loss_cls"
-            if loss.takes_background
-            else ''
-        )
+        f'background, but loss_cls={loss.name}{given} has none. {cure}'
     )
 
 
