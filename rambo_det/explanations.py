@@ -46,10 +46,10 @@ def one_string(classes: str) -> str:
 def _annotated(dataset: Any) -> CounterType[str]:
     """Count the objects of each name in the annotations, whatever the classes are."""
     if isinstance(dataset, CocoDataset):
-        content = load(dataset.ann_file, backend_args=dataset.backend_args)
-        names = {each['id']: each['name'] for each in content['categories']}
-        found = (each['category_id'] for each in content.get('annotations', []))
-        return Counter(names.get(each, str(each)) for each in found)
+        content = load(dataset.ann_file, 'json', backend_args=dataset.backend_args)
+        names = {each['id']: each['name'] for each in content.get('categories', [])}
+        found = (each.get('category_id') for each in content.get('annotations', []))
+        return Counter(names[each] for each in found if each in names)
     total: CounterType[str] = Counter()
     for info in dataset.data_list:
         root = ET.fromstring(get(info['xml_path'], backend_args=dataset.backend_args))
@@ -83,8 +83,9 @@ def _compare_classes(dataset: Any, kept: List[Dict[str, Any]]) -> None:
     missing = [name for name in classes if not names[name]]
     others = sorted(set(names) - set(classes))
     shown = ', '.join(f'{name!r} ({count})' for name, count in names.most_common())
+    configured = (_meant(n, others) if n in missing else repr(n) for n in classes)
     table = (
-        f'\n  configured: {", ".join(_meant(name, others) for name in classes)}'
+        f'\n  configured: {", ".join(configured)}'
         f'\n  annotated:  {shown or "no object"}'
         f'\n  ({dataset.ann_file})'
     )
