@@ -90,9 +90,10 @@ class _Entries:
 
     Attributes:
         positives: (P,) float64, ascending, on an axis on which gaps between edges are
-            at most 2δ. There all ``H`` are those of the scores, and sums stay exact
-            where scores are far apart. At a tie of scores so large that adding δ
-            changes nothing, also of infinite ones, a negative counts 1, not ``H(0)``.
+            at most 2δ, or 1 without a δ. There all ``H`` are those of the scores, and
+            sums stay exact where scores are far apart. At a tie of scores so large that
+            adding δ changes nothing, also of infinite ones, a negative counts 1, not
+            ``H(0)``.
         index: (P,) their flat indices.
         wrong: (P,) the sum of ``H`` over all negatives for each of them.
     """
@@ -118,7 +119,9 @@ class _Entries:
 
         edges, order = torch.cat([scores - delta, scores + delta]).sort(stable=True)
         self._low, self._high = order.argsort().split(count)
-        gaps = edges.diff().nan_to_num(nan=0.0).clamp_(max=2 * delta or 1.0)
+        # A hard step only asks for the order, in which a tiny gap must not get lost.
+        gaps = edges.diff().nan_to_num(nan=0.0)
+        gaps = gaps.clamp_(max=2 * delta) if delta else (gaps > 0).to(gaps)
         axis = torch.cat([gaps.new_zeros(1), gaps.cumsum(0)])
         self.positives = axis[self._low] + delta
         self._bin = torch.searchsorted(edges, rest, right=True)

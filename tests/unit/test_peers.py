@@ -106,7 +106,7 @@ def reference(name, pred, labels, quality, delta):
     return loss, torch.tensor(gradient, dtype=torch.float64).view_as(pred).to(pred)
 
 
-# Far apart, and some exactly as far as a δ, among them.
+# Some differ by exactly δ, some by less than rounding, some are far apart.
 GRID = st.integers(-8, 8).map(lambda n: n / 4)
 REAL = st.floats(-6, 6, width=32)
 SCORES = {'grid': GRID, 'real': REAL, 'far': st.sampled_from([-1e9, -50.0, 0, 1, 1e9])}
