@@ -357,7 +357,9 @@ class Fakes:
 
     def main(self, *more):
         self.log.write_text('')
+        before = signal.getsignal(signal.SIGTERM)
         converged.main(self.arguments(*more))
+        assert signal.getsignal(signal.SIGTERM) is before
         return self.steps()
 
     def calls(self):

@@ -272,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     failed = 0
     # As Ctrl-C does: what it has started is stopped too.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         if args.update:  # not only after hours of training
             split_page(args.update, *MARKS)
@@ -286,6 +286,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             update_page(args.update, *MARKS, text)
     except ValueError as error:
         sys.exit(f'converged: {error}')
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if failed:
         sys.exit(f'converged: {failed} runs failed, see above')
 
