@@ -33,7 +33,19 @@ setup(
     license='MIT',
     python_requires='>=3.8',
     packages=find_packages(include=['rambo_det', 'rambo_det.*']),
-    package_data={'rambo_det': ['py.typed']},
+    # Links there lead to configs/, tools/ and model-index.yml, for mmengine and mim. No
+    # '**', which setuptools before 62.3 takes for '*'.
+    package_data={
+        'rambo_det': ['py.typed']
+        + [
+            f'.mim/{depth}*.{end}'
+            for depth in ('', '*/', '*/*/', '*/*/*/')
+            for end in ('py', 'yml')
+        ]
+    },
+    exclude_package_data={
+        'rambo_det': ['.mim/tools/dev/*', '.mim/tools/experiments/*']
+    },
     zip_safe=False,
     # mmdet is an extra: the maintained fork installs the same import packages, and
     # requiring mmdet here would overwrite the fork's files.

@@ -225,11 +225,13 @@ class Line:
         among = self.position
         if self.reaches is not None:
             among = self.reaches.gather(1, order).cumsum(1)
-        among = among - self.before.gather(-1, order)
         now = torch.empty_like(among).scatter_(-1, order, among) + above
+        # So far with the positives of earlier sequences.
         if self.reaches is None:
-            return now - self.rank
-        jump = self._only_reaching(now + self._demoted(place) - self.rank)
+            return now - self.first - self.rank
+        # They are as many in the sums; what else differs from the place are demoted.
+        now = now + (place - self.first) - self.sums.gather(1, place)
+        jump = self._only_reaching(now - self.rank)
         # A demoted one loses a rank for each that passes it.
         position = self.position.expand_as(place).contiguous()
         passed = torch.searchsorted(self.of_reaching(place).sort(dim=1)[0], position)

@@ -114,9 +114,7 @@ class _Solver:
         most = min(sum(self.rows), len(code)) if one_per_row else len(code)
         position = torch.arange(1, most + 1, device=scores.device)
         self.place = torch.searchsorted(self.above[1:], position)
-        self.clamped = self.place.clamp(max=len(code) - 1)
-        missing = self.place == len(code)
-        code = code[self.clamped].masked_fill_(missing, (last + 1) * self.step)
+        code = pad(code, (0, 1), value=(last + 1) * self.step)[self.place]
         sequence = code // self.step
         self.start = self.edges[sequence]
         rank = self.place + 1 - self.start
@@ -128,7 +126,7 @@ class _Solver:
     @property
     def own(self) -> Tensor:
         """The scores of the positives, (Q,)."""
-        return self.scores[self.entry[self.clamped]]
+        return self.scores[self.entry[self.place.clamp(max=len(self.entry) - 1)]]
 
     def lambd(self) -> Tensor:
         """λ of each sequence, (S,)."""

@@ -121,7 +121,7 @@ class RaMBOBBoxHeadMixin(RaMBOHeadMixin, BoxAverageMixin):
         if not self.ranks or cls_score is None:
             return compute(cls_score, bbox_pred, rois, *args, **kw)
         with self.recorded_calls() as calls:
-            losses: Dict[str, Any] = compute(cls_score, bbox_pred, rois, *args, **kw)
+            losses = compute(cls_score, bbox_pred, rois, *args, **kw)
         losses.update(self.rank_calls(calls, cls_score, rois[:, 0].long()))
         return losses
 

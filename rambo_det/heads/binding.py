@@ -26,7 +26,13 @@ from mmdet.structures.bbox import bbox_overlaps, get_box_tensor
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from ..losses import INHERITED, WITH_BACKGROUND, RaMBOLoss, hard_labels
+from ..losses import (
+    INHERITED,
+    WITH_BACKGROUND,
+    RaMBOLoss,
+    RankingLoss,
+    hard_labels,
+)
 
 
 class Call(NamedTuple):
@@ -42,7 +48,7 @@ class Call(NamedTuple):
 class Recorder:
     """Stands in for the loss of a head: keeps the calls instead of ranking."""
 
-    def __init__(self, loss: RaMBOLoss) -> None:
+    def __init__(self, loss: RankingLoss) -> None:
         self._loss = loss
         self.calls = Calls()
         self._zero: Optional[Tensor] = None
@@ -112,15 +118,24 @@ class RaMBOHeadMixin:
     @property
     def ranks(self) -> bool:
         """Whether the loss is one that ranks, and no recorder stands in for it."""
-        return isinstance(self.loss_cls, RaMBOLoss)
+        return isinstance(self.loss_cls, RankingLoss)
 
     def _complete(self, config: Any) -> Any:
         """Fill in what the config of the loss leaves open; refuse what cannot be."""
         kind = config.get('type') if isinstance(config, Mapping) else None
         kind = MODELS.get(kind) if isinstance(kind, str) else kind
-        if not (isinstance(kind, type) and issubclass(kind, RaMBOLoss)):
+        if not (isinstance(kind, type) and issubclass(kind, RankingLoss)):
             return config
         name = type(self).__name__
+        if self.box_loss is None and (kind.needs_overlaps or config.get('overlaps')):
+            raise ValueError(
+                f'{name}: loss_cls={kind.__name__} ranks by the overlaps of boxes, but '
+                'the rows with which this head trains boxes are not those with which '
+                'it trains classes, so that a foreground row may have no box; use '
+                'RaMBOLoss without overlaps, or APLoss'
+            )
+        if not issubclass(kind, RaMBOLoss):
+            return {'use_sigmoid': True, **config}  # stock heads read it
         given = {key: value for key, value in config.items() if key != '_scope_'}
         if given == dict(type=config['type'], use_sigmoid=True, loss_weight=1.0):
             raise ValueError(
@@ -152,12 +167,6 @@ class RaMBOHeadMixin:
                 'after the call, so that the sum over all anchors would be added; '
                 'leave auxiliary out'
             )
-        if result.get('overlaps') and self.box_loss is None:
-            raise ValueError(
-                f'{name}: loss_cls has overlaps={result["overlaps"]!r}, but the rows '
-                'with which this head trains boxes are not those with which it trains '
-                'classes, so that a foreground row may have no box; leave overlaps out'
-            )
         return result
 
     @contextmanager
@@ -176,7 +185,7 @@ class RaMBOHeadMixin:
         recorder = Recorder(self.loss_cls)
         box_loss = getattr(self, str(self.box_loss), None)
         hook = None
-        if box_loss is not None and self.loss_cls.overlaps is not None:
+        if box_loss is not None and self.loss_cls.needs_overlaps:
             hook = box_loss.register_forward_pre_hook(
                 lambda _, args: recorder.calls.boxes.append(args[:2])
             )
@@ -246,7 +255,7 @@ class RaMBOHeadMixin:
 
         If the loss asks for it. Values in background rows mean nothing.
         """
-        if self.loss_cls.overlaps is None:
+        if not self.loss_cls.needs_overlaps:
             return None
         targets = [call.target for call in calls]
         if not isinstance(targets[0], Tensor):  # GFL and RTMDet: the quality is the IoU
@@ -256,7 +265,7 @@ class RaMBOHeadMixin:
         if not calls.boxes:
             if foreground.any():
                 raise RuntimeError(
-                    f'{type(self).__name__}: RaMBOLoss(overlaps=…) needs the predicted '
+                    f'{type(self).__name__}: {self.loss_cls.name} needs the predicted '
                     f'boxes, and {self.box_loss} was not called with any. A head of '
                     'your own sets box_loss to the name of the loss that it gives '
                     'boxes and their targets'
@@ -278,9 +287,9 @@ class RaMBOHeadMixin:
         coder: Any = self.bbox_coder  # type: ignore[attr-defined]
         if type(coder) is not DeltaXYWHBBoxCoder or coder.add_ctr_clamp:
             raise ValueError(
-                f'{type(self).__name__}: RaMBOLoss(overlaps=…) needs '
-                'bbox_coder=DeltaXYWHBBoxCoder without add_ctr_clamp, or '
-                f'reg_decoded_bbox=True, got {type(coder).__name__}'
+                f'{type(self).__name__}: {self.loss_cls.name} ranks by the overlaps of '
+                'boxes, which needs bbox_coder=DeltaXYWHBBoxCoder without '
+                f'add_ctr_clamp, or reg_decoded_bbox=True, got {type(coder).__name__}'
             )
         prior = deltas.new_zeros(deltas.shape)
         prior[:, 2:] = 1
@@ -306,9 +315,9 @@ def bind(mixin: type, stock: type, **attributes: Any) -> Any:
 def merge_calls(calls: List[Call]) -> Call:
     """Return one call with the rows of all, in their order, and with hard labels."""
     pred, target, weight, avg_factor, reduction = zip(*calls)
-    labels = [hard_labels(t) for t in target]
+    labels = torch.cat([hard_labels(t) for t in target])
     if len(calls) == 1:
-        return calls[0]._replace(target=labels[0])
+        return calls[0]._replace(target=labels)
     weights = None
     if any(w is not None for w in weight):
         weights = torch.cat(
@@ -317,9 +326,7 @@ def merge_calls(calls: List[Call]) -> Call:
                 for p, w in zip(pred, weight)
             ]
         )
-    return Call(
-        torch.cat(pred), torch.cat(labels), weights, avg_factor[0], reduction[0]
-    )
+    return Call(torch.cat(pred), labels, weights, avg_factor[0], reduction[0])
 
 
 def object_labels(args: Iterable[Any]) -> Optional[Tensor]:

@@ -109,7 +109,7 @@ RaMBODDODHead = bind(RaMBODenseHeadMixin, DDODHead, box_loss=None)
 # What is ranked is the class score with the implicit objectness in it.
 # An anchor can have the boxes of several objects, or of none.
 RaMBOYOLOFHead = bind(RaMBODenseHeadMixin, YOLOFHead, box_loss=None)
-# The label is ranked; the localisation quality that comes with it is not used.
+# The label is ranked; the quality that comes with it is the overlap of the box.
 RaMBOGFLHead = bind(RaMBODenseHeadMixin, GFLHead)
 RaMBORTMDetHead = bind(RaMBODenseHeadMixin, RTMDetHead, auxiliary=False)
 RaMBORTMDetSepBNHead = bind(RaMBODenseHeadMixin, RTMDetSepBNHead, auxiliary=False)

@@ -274,7 +274,6 @@ LAYERS = 6
 # How many operators and waits each may take.
 LIMITS = {name: (200, 1) for name in CASES}
 LIMITS.update({'defaults': (120, 1), 'unchecked': (120, 0)})
-LIMITS['overlaps, together'] = (210, 1)
 OTHERS = {
     dense_rows: (120, 1),
     roi_head: (120, 1),

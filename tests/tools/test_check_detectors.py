@@ -30,11 +30,11 @@ def test_detector_learns_resumes_and_runs_distributed(family, tmp_path, capsys):
     assert '| yes | yes | yes |' in capsys.readouterr().out
 
 
-def test_readme_shows_the_results():
+def test_the_page_shows_the_results():
     results = json.loads(check_detectors.RESULTS.read_text())['results']
-    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    page = (ROOT / 'docs' / 'detectors.md').read_text(encoding='utf-8')
     first, last = check_detectors.MARKS
-    shown = readme.split(first)[1].split(last)[0].strip()
+    shown = page.split(first)[1].split(last)[0].strip()
     assert shown == check_detectors.table(results)
     shipped = {f'{p.parent.name}/{p.stem}' for p in check_detectors.configs()}
     assert set(results) == shipped

@@ -1,6 +1,7 @@
 """Every stock head of mmdet with the plain loss does what its row in the docs says."""
 
 import inspect
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -32,7 +33,13 @@ from tools.dev.stock_heads import HEADS, NOT_APPLICABLE, stock_heads
 
 PAGE = ROOT / 'docs' / 'detectors.md'
 TABLE = PAGE.read_text(encoding='utf-8').split(MARKS[0])[1].split(MARKS[1])[0]
-ROWS = {line.split('`')[1]: line for line in TABLE.splitlines() if line[:3] == '| `'}
+# For each head what its row says after the names of the heads.
+ROWS = {
+    name: f'| {said}'
+    for line in TABLE.splitlines()
+    for names, _, said in [line[2:].partition(' | ')]
+    for name in re.findall(r'`(\w+)`', names)
+}
 PER_LEVEL = sorted(name for name, line in ROWS.items() if 'once per pyramid' in line)
 PER_BATCH = sorted(n for n, line in ROWS.items() if '`use_sigmoid=True` in' in line)
 UNBOUND = sorted(name for name, line in ROWS.items() if 'no head of this' in line)
@@ -183,8 +190,9 @@ def test_the_command_writes_the_table(tmp_path, capsys):
     page = tmp_path / 'page.md'
     page.write_text('\n'.join(MARKS))
     main(['--only', 'PAAHead', 'AnchorFreeHead', '--update', str(page)])
-    assert ROWS['PAAHead'] in page.read_text().splitlines()
-    assert ROWS['PAAHead'] in capsys.readouterr().out.splitlines()
+    lines = [f'| `{name}` {ROWS[name]}' for name in ('PAAHead', 'AnchorFreeHead')]
+    assert page.read_text().splitlines()[-5:-2] == ['| --- | --- | --- | --- |', *lines]
+    assert lines[0] in capsys.readouterr().out.splitlines()
     page.write_text('')
     with pytest.raises(SystemExit):
         main(['--only', 'PAAHead', '--update', str(page)])

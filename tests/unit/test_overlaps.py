@@ -1,5 +1,7 @@
 """AP over overlaps: what the heads hand over, what the loss makes of it, box losses."""
 
+import functools
+
 import pytest
 import torch
 
@@ -23,13 +25,20 @@ ROI = dict(
 )
 
 
-def with_overlaps(cfg):
-    """Set it in every loss of a detector, in the RPN too."""
+def with_overlaps(cfg, loss='RaMBOLoss'):
+    """Set a loss that needs them wherever a detector ranks, in the RPN too."""
     for value in cfg.values() if isinstance(cfg, dict) else cfg:
         if isinstance(value, dict) and value.get('type') == 'RaMBOLoss':
-            value['overlaps'] = THRESHOLDS
+            if loss == 'RaMBOLoss':
+                value['overlaps'] = THRESHOLDS
+            else:
+                value.clear()
+                value['type'] = loss
         elif isinstance(value, (dict, list)):
-            with_overlaps(value)
+            with_overlaps(value, loss)
+
+
+with_rank_sort = functools.partial(with_overlaps, loss='RankSortLoss')
 
 
 def spy_on(loss):
@@ -99,7 +108,10 @@ def test_roi_heads(name):
 
 @pytest.mark.parametrize('agnostic', [False, True])
 @pytest.mark.parametrize('decoded', [False, True])
-def test_roi_head_alone(agnostic, decoded):
+@pytest.mark.parametrize(
+    'loss', [dict(type='RaMBOLoss', overlaps=THRESHOLDS), dict(type='RankSortLoss')]
+)
+def test_roi_head_alone(agnostic, decoded, loss):
     """Without sampling results; and where boxes are decoded before the loss."""
     head = MODELS.build(
         dict(
@@ -111,7 +123,7 @@ def test_roi_head_alone(agnostic, decoded):
             reg_class_agnostic=agnostic,
             reg_decoded_bbox=decoded,
             loss_bbox=dict(type='IoULoss' if decoded else 'L1Loss'),
-            loss_cls=dict(type='RaMBOLoss', overlaps=THRESHOLDS),
+            loss_cls=loss,
         )
     )
     calls = spy_on(head.loss_cls)
@@ -296,7 +308,7 @@ def test_the_memory_keeps_what_rows_reach():
     assert torch.isfinite(plain(pred, labels))
 
 
-def stock(**loss_cls):
+def stock(loss):
     head = MODELS.build(
         dict(
             type='Shared2FCBBoxHead',
@@ -304,7 +316,7 @@ def stock(**loss_cls):
             fc_out_channels=16,
             roi_feat_size=2,
             num_classes=3,
-            loss_cls=dict(type='RaMBOLoss', overlaps=THRESHOLDS, **loss_cls),
+            loss_cls=loss,
         )
     )
     return head.loss(*roi_batch())
@@ -331,13 +343,23 @@ def other_coder():
         (lambda: RaMBOLoss(overlaps=(0.6, 0.5)), ValueError, 'ascending'),
         (lambda: RaMBOLoss(overlaps=(0.5, 50)), ValueError, r'in \[0, 1\], got'),
         (lambda: RaMBOLoss(overlap_weights='x'), ValueError, "'equal' or 'positives'"),
-        (stock, RuntimeError, 'type=RaMBOShared2FCBBoxHead.*overlaps=None'),
+        (
+            lambda: stock(dict(type='RaMBOLoss', overlaps=THRESHOLDS)),
+            RuntimeError,
+            'RaMBOLoss.*type=RaMBOShared2FCBBoxHead, or overlaps=None',
+        ),
+        (
+            lambda: stock(dict(type='RankSortLoss')),
+            RuntimeError,
+            'RankSortLoss.*type=RaMBOShared2FCBBoxHead, or APLoss',
+        ),
         (lambda: call(None), RuntimeError, 'gives overlaps='),
         (lambda: call(torch.zeros(3)), ValueError, r'shape \(40,\).*got \(3,\)'),
         (lambda: call(torch.zeros(40).long()), TypeError, 'torch.int64'),
         (other_coder, ValueError, 'RetinaHead.*DeltaXYWHBBoxCoder'),
         (lambda: build(DENSE['DDODHead'], with_overlaps), ValueError, 'RaMBODDODHead'),
         (lambda: build(DENSE['YOLOFHead'], with_overlaps), ValueError, 'no box'),
+        (lambda: build(DENSE['YOLOFHead'], with_rank_sort), ValueError, 'or APLoss'),
     ],
 )
 def test_what_is_refused(make, error, match):
@@ -348,26 +370,21 @@ def test_what_is_refused(make, error, match):
 # The average of the box loss
 
 
-def head_with(kind, box_avg, **loss_cls):
-    cfg = dict(type=kind, in_channels=8, fc_out_channels=16, roi_feat_size=2)
-    return MODELS.build(dict(cfg, num_classes=3, box_avg=box_avg, loss_cls=loss_cls))
+def head_with(loss, box_avg):
+    cfg = dict(type='RaMBOShared2FCBBoxHead', in_channels=8, fc_out_channels=16)
+    cfg.update(roi_feat_size=2, num_classes=3, box_avg=box_avg)
+    return MODELS.build(dict(cfg, loss_cls=dict(type=loss)))
 
 
 @pytest.mark.parametrize(
-    ('kind', 'loss_cls', 'columns'),
-    [
-        ('RaMBOShared2FCBBoxHead', dict(type='RaMBOLoss'), 3),
-        ('RaMBOShared2FCBBoxHead', dict(type='CrossEntropyLoss'), 4),
-        ('RivalShared2FCBBoxHead', dict(type='RivalLoss', name='focal'), 3),
-    ],
+    'kind, columns',
+    [('RaMBOLoss', 3), ('APLoss', 3), ('RoIFocalLoss', 3), ('CrossEntropyLoss', 4)],
 )
-def test_box_losses_divided_by_the_positives(kind, loss_cls, columns, recwarn):
-    import rambo_det.baselines  # noqa: F401
-
+def test_box_losses_divided_by_the_positives(kind, columns, recwarn):
     torch.manual_seed(0)
     found = []
     for box_avg, labels in (('rows', None), ('positives', None), ('positives', 3)):
-        head = head_with(kind, box_avg, **loss_cls)
+        head = head_with(kind, box_avg)
         _, *given = roi_batch()
         given[2] = given[2] if labels is None else torch.full_like(given[2], labels)
         logits = torch.randn(8, columns)
@@ -376,6 +393,6 @@ def test_box_losses_divided_by_the_positives(kind, loss_cls, columns, recwarn):
     torch.testing.assert_close(found[1], found[0] * 8 / positives)
     assert positives < 8 and found[0] > 0 and found[2] == 0
     warned = [w for w in recwarn if 'the stock head would do' in str(w.message)]
-    assert len(warned) == (loss_cls['type'] == 'CrossEntropyLoss')
+    assert len(warned) == (kind not in ('RaMBOLoss', 'APLoss'))
     with pytest.raises(ValueError, match="box_avg must be 'rows' or 'positives'"):
-        head_with(kind, 'all', **loss_cls)
+        head_with(kind, 'all')

@@ -78,8 +78,11 @@ def run_mmdet_script(name: str) -> None:
         path = find_mmdet_script(name)
     except FileNotFoundError as error:
         sys.exit(f'tools/{name}.py: {error}')
+    from mmengine.config.utils import MODULE2PACKAGE
     from mmengine.runner import Runner
 
+    # As importing the package does, for configs that inherit `rambo_det::...`.
+    MODULE2PACKAGE.setdefault('rambo_det', 'rambo_det.version')
     from_cfg = Runner.from_cfg.__func__
 
     # Without the package PyTorch >= 2.6 refuses mmengine's checkpoints, also those of

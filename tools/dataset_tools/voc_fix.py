@@ -138,13 +138,13 @@ def write_fixed(checked: Checked, out: Path, link: bool = False) -> list[str]:
     return report
 
 
-def check_out(out: Path, root: Path) -> None:
+def check_out(out: Path, root: Path, option: str = '--fix') -> None:
     """Refuse a folder that holds something, or that is in the data.
 
     Raises:
         ValueError: If it does.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f'--fix {out} exists and is not empty; name a new folder')
+        raise ValueError(f'{option} {out} exists and is not empty; name a new folder')
     if root.resolve() in (out.resolve(), *out.resolve().parents):
-        raise ValueError(f'--fix {out} is inside {root}; name a folder elsewhere')
+        raise ValueError(f'{option} {out} is inside {root}; name a folder elsewhere')

@@ -125,7 +125,8 @@ def _tell(name: str, error: Exception) -> tuple[str, str]:
     ):
         first = first[len(prefix) :] if first.startswith(prefix) else first
     cure = others[0].replace('Use ', '', 1) if others else ''
-    return first, cure[:1].lower() + cure[1:]
+    named = re.match(r'\w+[A-Z]', cure)  # the name of a class
+    return first, cure if named else cure[:1].lower() + cure[1:]
 
 
 def outcome(name: str, kind: str | None = None, **loss: Any) -> Outcome:
@@ -154,9 +155,23 @@ def outcome(name: str, kind: str | None = None, **loss: Any) -> Outcome:
 
 
 def row(name: str, found: Outcome) -> list[str]:
-    """Return a row of the table."""
-    texts = [re.sub(r"(\w+=[\w']+|\bRaMBO\w+)", r'`\1`', t) for t in found[1:3]]
-    return [f'`{name}`', found.where, *texts]
+    """Return what the table says of a head, in words that fit others too."""
+    texts = [text.replace(f'=RaMBO{name}', '=RaMBO…') for text in found[1:3]]
+    texts = [text.replace(name, 'the head') for text in texts]
+    texts = [re.sub(r"(\w+=[\w'…]+|\bRaMBO\w+)", r'`\1`', text) for text in texts]
+    return [found.where, *texts]
+
+
+def table(rows: dict[str, list[str]]) -> str:
+    """Return the table, with a row for all heads of which the same is said."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, said in rows.items():
+        groups.setdefault(tuple(said), []).append(f'`{name}`')
+    order = ('WRONG', WORKS, STEP, BUILD, NEVER)
+    lines = sorted(groups, key=lambda said: (order.index(said[0]), -len(groups[said])))
+    body = [(', '.join(groups[said]), *said) for said in lines]
+    head = ('heads', 'outcome', 'what it says, or why', 'cure')
+    return markdown_table([head, *body], text_columns=range(4))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -177,14 +192,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for pair in args.loss:
         key, _, value = pair.partition('=')
         loss[key] = ast.literal_eval(value)
-    rows = [['head', 'outcome', 'what it says, or why', 'cure']]
+    rows = {}
     for name in args.only or sorted({*HEADS, *NOT_APPLICABLE}):
-        rows.append(row(name, outcome(name, **loss)))
-        print(' | '.join(rows[-1]), file=sys.stderr)
-    table = markdown_table(rows, text_columns=range(4))
-    print(table)
+        rows[name] = row(name, outcome(name, **loss))
+        print(' | '.join([name, *rows[name]]), file=sys.stderr)
+    text = table(rows)
+    print(text)
     if args.update:
-        update_page(args.update, *MARKS, table)
+        update_page(args.update, *MARKS, text)
 
 
 if __name__ == '__main__':

@@ -11,7 +11,7 @@ model = dict(
         norm_eval=True,
         init_cfg=dict(
             type='Pretrained',
-            checkpoint='{{$RAMBO_MOBILENETV2:weights/mobilenet_v2-imagenet-mmdet.pth}}',
+            checkpoint='{{$RAMBO_MOBILENETV2:open-mmlab://mmdet/mobilenet_v2}}',
         ),
     ),
     neck=dict(in_channels=[24, 32, 96, 320], out_channels=128),

@@ -1,0 +1,15 @@
+# The small one, which a CPU can train.
+_base_ = [
+    '../_base_/models/faster-rcnn_mobilenetv2_fpn-p3.py',
+    '../_base_/own_data_320.py',
+]
+
+model = dict(
+    roi_head=dict(
+        bbox_head=dict(
+            type='RaMBOShared2FCBBoxHead',
+            num_classes=len(_base_.classes),
+            loss_cls=dict(_delete_=True, type='RaMBOLoss'),
+        )
+    )
+)
