@@ -13,6 +13,7 @@ import torch
 pytest.importorskip('mmdet', reason='the hooks are registered in mmdet')
 from mmengine.hooks import Hook
 
+from rambo_det.functional import Past
 from rambo_det.hooks import resume as resume_module
 from rambo_det.hooks.resume import KEY, random_state, set_random_state
 from rambo_det.losses import memory as memory_module
@@ -380,13 +381,13 @@ def test_a_memory_that_all_processes_share_is_right_for_any(monkeypatch, now):
     as_process(monkeypatch, 0, 2)
     shared, other = memory_module.ScoreMemory(3), memory_module.ScoreMemory(3)
     scores, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 3])
-    shared.append(scores, labels, shared=True)
+    shared.append(Past(scores, labels), shared=True)
     assert set(shared.state()) == {'scores', 'labels'}
     as_process(monkeypatch, *now)
     other.load(shared.state())
     assert torch.equal(other.recall(scores)[0].scores, scores)
     assert set(other.state()) == {'scores', 'labels'}
-    other.append(scores, labels)  # of its own from here on
+    other.append(Past(scores, labels))  # of its own from here on
     assert ('rank' in other.state()) == (now[1] > 1)
 
 
