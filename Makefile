@@ -24,7 +24,7 @@ ARGS ?=
 .PHONY: help setup demo test test-unit test-oldest check clean
 
 help:
-	@echo 'make setup   make the environment ($(VENV)); the first time compiles mmcv, about 10 minutes'
+	@echo 'make setup   make the environment ($(VENV)); the first time compiles mmcv, in about 3 minutes'
 	@echo 'make demo    train a small detector on generated images and draw what it finds'
 	@echo 'make test    run the tests and the examples in the docstrings'
 	@echo 'make test-unit   run those of the mathematics, the losses and the heads, within a minute'

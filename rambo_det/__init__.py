@@ -1,8 +1,8 @@
 """rambo_det: train mmdetection detectors directly for Average Precision.
 
-Importing the package registers ``RaMBOLoss`` and the ``RaMBO…`` heads in mmdet's
-registry where mmdet is installed. Without it, :mod:`rambo_det.functional` still is
-complete: it needs PyTorch alone.
+Importing the package registers ``RaMBOLoss``, the losses that it is compared with, and
+the ``RaMBO…`` heads in mmdet's registry where mmdet is installed. Without it,
+:mod:`rambo_det.functional` still is complete: it needs PyTorch alone.
 """
 
 from importlib.util import find_spec
@@ -20,10 +20,27 @@ if find_spec('mmdet') is not None:
     from .explanations import explain_errors
     from .heads import *  # noqa: F403
     from .hooks import *  # noqa: F403
-    from .losses import RaMBOLoss
+    from .losses import (
+        APLoss,
+        BucketedAPLoss,
+        BucketedRankSortLoss,
+        RaMBOLoss,
+        RankSortLoss,
+        RoIFocalLoss,
+    )
     from .own_data import OwnDataRunner
 
     allow_mmengine_checkpoints()
     explain_errors()
-    __all__ += ['OwnDataRunner', 'RaMBOLoss', *heads.__all__, *hooks.__all__]
-    __all__ += ['registry']
+    __all__ += [
+        'APLoss',
+        'BucketedAPLoss',
+        'BucketedRankSortLoss',
+        'OwnDataRunner',
+        'RaMBOLoss',
+        'RankSortLoss',
+        'RoIFocalLoss',
+        'registry',
+        *heads.__all__,
+        *hooks.__all__,
+    ]

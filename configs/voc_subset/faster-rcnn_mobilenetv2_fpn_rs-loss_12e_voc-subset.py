@@ -1,13 +1,11 @@
 _base_ = './faster-rcnn_mobilenetv2_fpn_ce_12e_voc-subset.py'
-custom_imports = dict(imports=['rambo_det.baselines'], allow_failed_imports=False)
+custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
 
 model = dict(
     roi_head=dict(
         bbox_head=dict(
-            type='RivalShared2FCBBoxHead',
-            loss_cls=dict(
-                _delete_=True, type='RivalLoss', name='rank_sort', loss_weight=0.25
-            ),
+            type='RaMBOShared2FCBBoxHead',
+            loss_cls=dict(_delete_=True, type='RankSortLoss', loss_weight=0.25),
         )
     )
 )

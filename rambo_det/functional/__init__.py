@@ -6,6 +6,7 @@ Paulus, Musil, Martius, Rolínek, *Differentiation of Blackbox Combinatorial Sol
 ICLR 2020 (arXiv 1912.02175).
 """
 
+from . import peers
 from .average_precision import (
     ap_loss,
     apply_margin,
@@ -27,6 +28,7 @@ __all__ = [
     'blackbox_rank',
     'detection_ap_loss',
     'detection_average_precision',
+    'peers',
     'rank',
     'with_margin',
 ]

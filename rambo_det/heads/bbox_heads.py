@@ -14,7 +14,7 @@ from mmdet.registry import MODELS
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from .binding import RaMBOHeadMixin, bind
+from .binding import RaMBOHeadMixin, Recorder, bind
 
 __all__ = [
     'RaMBOBBoxHeadMixin',
@@ -62,6 +62,9 @@ class RaMBOBBoxHeadMixin(RaMBOHeadMixin):
         cls_score: Optional[Tensor],
         bbox_pred: Optional[Tensor],
         rois: Tensor,
+        labels: Tensor,
+        label_weights: Tensor,
+        bbox_targets: Tensor,
         *args: Any,
         **kw: Any,
     ) -> Dict[str, Any]:
@@ -71,10 +74,17 @@ class RaMBOBBoxHeadMixin(RaMBOHeadMixin):
         Without proposals there is a classification loss too, unlike in the stock head.
         """
         compute = super().loss  # type: ignore[misc]
+        given = (cls_score, bbox_pred, rois, labels, label_weights, bbox_targets, *args)
+        if isinstance(self.loss_cls, Recorder):  # as part of loss_and_target
+            result: Dict[str, Any] = compute(*given, **kw)
+            if bbox_pred is not None:
+                boxes = rois[:, 1:], bbox_pred, labels, bbox_targets
+                self.loss_cls.add_quality(self, *boxes)
+            return result
         if not self.ranks or cls_score is None:
-            return compute(cls_score, bbox_pred, rois, *args, **kw)
+            return compute(*given, **kw)
         with self.recorded_calls() as calls:
-            losses: Dict[str, Any] = compute(cls_score, bbox_pred, rois, *args, **kw)
+            losses = self.loss(*given, **kw)
         losses.update(self.rank_calls(calls, cls_score, rois[:, 0].long()))
         return losses
 

@@ -20,10 +20,17 @@ from typing import (
 
 import torch
 from mmdet.registry import MODELS
+from mmdet.structures.bbox import bbox_overlaps, get_box_tensor
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from ..losses import INHERITED, WITH_BACKGROUND, RaMBOLoss, hard_labels
+from ..losses import (
+    INHERITED,
+    WITH_BACKGROUND,
+    RaMBOLoss,
+    RankingLoss,
+    hard_labels,
+)
 
 
 class Call(NamedTuple):
@@ -39,7 +46,7 @@ class Call(NamedTuple):
 class Recorder:
     """Stands in for the loss of a head: keeps the calls instead of ranking."""
 
-    def __init__(self, loss: RaMBOLoss) -> None:
+    def __init__(self, loss: RankingLoss) -> None:
         self._loss = loss
         self.calls: List[Call] = []
         self._zero: Optional[Tensor] = None
@@ -57,6 +64,39 @@ class Recorder:
     def get_accuracy(self, *_: Any) -> Dict[str, Tensor]:
         """Report nothing: nothing was ranked."""
         return {}
+
+    def add_quality(
+        self,
+        head: Any,
+        priors: Tensor,
+        deltas: Tensor,
+        labels: Tensor,
+        targets: Tensor,
+    ) -> None:
+        """Give the last call the overlap of each positive's box, if the loss needs it.
+
+        Args:
+            head: The head, for its coder and its number of classes.
+            priors: (N, 4) the boxes from which those of the head are decoded.
+            deltas: (N, 4), or (N, C * 4) with boxes for each class.
+            labels: (N,) labels of the rows of the call.
+            targets: (N, 4) what the head regresses to.
+        """
+        if not (self.calls and self._loss.needs_quality):
+            return
+        if not isinstance(self.calls[-1].target, Tensor):
+            return  # the stock head gave it
+        rows = ((labels >= 0) & (labels < head.num_classes)).nonzero().squeeze(1)
+        boxes = deltas.detach().float().reshape(len(labels), -1, targets.size(-1))
+        boxes = boxes[rows, labels[rows] if boxes.size(1) > 1 else 0]
+        found, wanted, priors = boxes, targets[rows].float(), priors[rows].float()
+        found = get_box_tensor(head.bbox_coder.decode(priors, found))
+        if not head.reg_decoded_bbox:
+            wanted = get_box_tensor(head.bbox_coder.decode(priors, wanted))
+        quality = wanted.new_zeros(len(labels))
+        quality[rows] = bbox_overlaps(found, wanted, is_aligned=True)
+        target = (self.calls[-1].target, quality)
+        self.calls[-1] = self.calls[-1]._replace(target=target)
 
 
 class RaMBOHeadMixin:
@@ -93,14 +133,16 @@ class RaMBOHeadMixin:
     @property
     def ranks(self) -> bool:
         """Whether the loss is one that ranks, and no recorder stands in for it."""
-        return isinstance(self.loss_cls, RaMBOLoss)
+        return isinstance(self.loss_cls, RankingLoss)
 
     def _complete(self, config: Any) -> Any:
         """Fill in what the config of the loss leaves open; refuse what cannot be."""
         kind = config.get('type') if isinstance(config, Mapping) else None
         kind = MODELS.get(kind) if isinstance(kind, str) else kind
-        if not (isinstance(kind, type) and issubclass(kind, RaMBOLoss)):
+        if not (isinstance(kind, type) and issubclass(kind, RankingLoss)):
             return config
+        if not issubclass(kind, RaMBOLoss):
+            return {'use_sigmoid': True, **config}  # stock heads read it
         name = type(self).__name__
         given = {key: value for key, value in config.items() if key != '_scope_'}
         if given == dict(type=config['type'], use_sigmoid=True, loss_weight=1.0):
@@ -191,7 +233,9 @@ class RaMBOHeadMixin:
         if not calls:
             nothing = logits.reshape(-1, logits.size(-1))[:0]
             calls, images = [Call(nothing, images.new_zeros(0))], images[:0]
-        pred, target, weight, avg_factor, reduction = merge_calls(calls)
+        pred, target, weight, avg_factor, reduction = merge_calls(
+            calls, self.loss_cls.needs_quality
+        )
         given = images if num_images is None else (images, num_images)
         loss = self.loss_cls(
             pred, target, weight, avg_factor, reduction, images=given, objects=objects
@@ -215,12 +259,18 @@ def bind(mixin: type, stock: type, **attributes: Any) -> Any:
     return MODELS.register_module(module=type(name, (mixin, stock), attributes))
 
 
-def merge_calls(calls: List[Call]) -> Call:
-    """Return one call with the rows of all, in their order, and with hard labels."""
+def merge_calls(calls: List[Call], with_quality: bool = False) -> Call:
+    """Return one call with the rows of all, in their order.
+
+    Its target is the labels; with ``with_quality`` and the quality where all calls
+    have it.
+    """
     pred, target, weight, avg_factor, reduction = zip(*calls)
-    labels = [hard_labels(t) for t in target]
+    labels: Any = torch.cat([hard_labels(t) for t in target])
+    if with_quality and not any(isinstance(t, Tensor) for t in target):
+        labels = labels, torch.cat([quality for _, quality in target])
     if len(calls) == 1:
-        return calls[0]._replace(target=labels[0])
+        return calls[0]._replace(target=labels)
     weights = None
     if any(w is not None for w in weight):
         weights = torch.cat(
@@ -229,9 +279,7 @@ def merge_calls(calls: List[Call]) -> Call:
                 for p, w in zip(pred, weight)
             ]
         )
-    return Call(
-        torch.cat(pred), torch.cat(labels), weights, avg_factor[0], reduction[0]
-    )
+    return Call(torch.cat(pred), labels, weights, avg_factor[0], reduction[0])
 
 
 def object_labels(args: Iterable[Any]) -> Optional[Tensor]:

@@ -1,5 +1,6 @@
 """Dense heads: all levels of an image are ranked together."""
 
+from inspect import signature
 from typing import Any, ClassVar, Dict, List, Optional
 
 import torch
@@ -17,7 +18,7 @@ from mmdet.models.dense_heads import (
 )
 from torch import Tensor
 
-from .binding import RaMBOHeadMixin, bind, image_major, object_labels
+from .binding import RaMBOHeadMixin, Recorder, bind, image_major, object_labels
 
 __all__ = [
     'RaMBOATSSHead',
@@ -76,6 +77,29 @@ class RaMBODenseHeadMixin(RaMBOHeadMixin):
         losses[f'loss_{self.prefix}cls'] = ranked.pop('loss_cls')
         losses.update({self.prefix + name: value for name, value in ranked.items()})
         return losses
+
+    def loss_by_feat_single(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the losses of a level, and the overlaps where a loss needs them.
+
+        Where the arguments tell anchors, deltas and targets, as in RPN, RetinaNet and
+        ATSS, and the stock head does not give overlaps itself, as GFL and RTMDet do.
+        """
+        compute = super().loss_by_feat_single  # type: ignore[misc]
+        result = compute(*args, **kwargs)
+        if isinstance(self.loss_cls, Recorder) and self.loss_cls.needs_quality:
+            given = signature(compute).bind(*args, **kwargs).arguments
+            names = ('anchors', 'bbox_pred', 'labels', 'bbox_targets')
+            if all(name in given for name in names):
+                anchors, deltas, labels, targets = (given[name] for name in names)
+                size = targets.size(-1)
+                self.loss_cls.add_quality(
+                    self,
+                    anchors.reshape(-1, size),
+                    deltas.permute(0, 2, 3, 1).reshape(-1, size),
+                    labels.reshape(-1),
+                    targets.reshape(-1, size),
+                )
+        return result
 
     def _images_of_rows(self, cls_scores: List[Tensor], num_rows: int) -> Tensor:
         """Return the image of each row, (num_rows,): level by level, image by image."""

@@ -20,7 +20,7 @@ from mmdet.registry import MODELS
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..losses import Owner, RaMBOLoss, check_columns
+from ..losses import Owner, RaMBOLoss, RankingLoss, check_columns
 
 _PER_ANCHOR = 'it needs a loss for every single row, and a ranking has none'
 _POSITIVES = 'its loss sees positives only; an objectness tells them from background'
@@ -48,7 +48,7 @@ NOT_RANKABLE: Dict[str, str] = dict(
 _ONCE_PER_BATCH = (CenterNetUpdateHead, FCOSHead, FoveaHead, MaskFormerHead, YOLOFHead)
 
 
-def _refusal(head: nn.Module, loss: RaMBOLoss, bound: Optional[str]) -> Optional[str]:
+def _refusal(head: nn.Module, loss: RankingLoss, bound: Optional[str]) -> Optional[str]:
     """Return why calls of a head cannot be ranked that do not tell their images."""
     cure = 'No head of this package binds it: docs/detectors.md says how to'
     if bound is not None:
@@ -68,27 +68,30 @@ def _refusal(head: nn.Module, loss: RaMBOLoss, bound: Optional[str]) -> Optional
     )
 
 
-def _check_matching(head: nn.Module, loss: RaMBOLoss) -> None:
+def _check_matching(head: nn.Module, loss: RankingLoss) -> None:
     """Raise if a head matches by a softmax, which an offset of a query cancels in."""
     costs = getattr(getattr(head, 'assigner', None), 'match_costs', ())
     if loss.has_background or not any(isinstance(c, ClassificationCost) for c in costs):
         return
+    given, cure = '', 'Use FocalLossCost there'
+    if isinstance(loss, RaMBOLoss):
+        given = f' with scores={loss.scores!r}'
+        cure += ", or scores='log_softmax', use_sigmoid=False in loss_cls"
     raise ValueError(
         f'{type(head).__name__}: train_cfg.assigner.match_costs has '
         'ClassificationCost, a softmax over the columns, one of them for the '
-        f'background, but loss_cls=RaMBOLoss with scores={loss.scores!r} has none. Use '
-        "FocalLossCost there, or scores='log_softmax', use_sigmoid=False in loss_cls"
+        f'background, but loss_cls={loss.name}{given} has none. {cure}'
     )
 
 
 def _introduce(head: nn.Module, name: str, loss: Optional[nn.Module]) -> None:
     """Introduce a head to the loss that becomes part of it."""
-    if not isinstance(loss, RaMBOLoss):
+    if not isinstance(loss, RankingLoss):
         return
     kind = type(head).__name__
     if kind in NOT_RANKABLE and type(head).__module__.startswith('mmdet.'):
         raise ValueError(
-            f'{kind}: {name}={type(loss).__name__} cannot train this head: '
+            f'{kind}: {name}={loss.name} cannot train this head: '
             f'{NOT_RANKABLE[kind]}. Use another head (docs/detectors.md) or another '
             'loss'
         )
@@ -103,8 +106,8 @@ def _introduce(head: nn.Module, name: str, loss: Optional[nn.Module]) -> None:
     columns: Any = getattr(head, 'cls_out_channels', None)
     if owner.dense and refusal is None and isinstance(columns, int):
         # Now, since YOLOFHead fails before it calls the loss.
-        check_columns(columns, [owner], loss.has_background)
-    loss.introduce(owner)
+        check_columns(loss, columns, [owner])
+    loss.owners.append(owner)
 
 
 register_module_module_registration_hook(_introduce)

@@ -1,15 +1,27 @@
-"""Losses registered in mmdet's ``MODELS``."""
+"""Losses registered in mmdet's ``MODELS``: RaMBOLoss, and those of other papers."""
 
+from .ap_loss import APLoss
 from .arguments import INHERITED, WITH_BACKGROUND
+from .bucketed_ap_loss import BucketedAPLoss
+from .bucketed_rank_sort_loss import BucketedRankSortLoss
 from .rambo_loss import SCHEDULED, RaMBOLoss
+from .rank_sort_loss import RankSortLoss
+from .ranking_loss import RankingLoss
+from .roi_focal_loss import RoIFocalLoss
 from .rows import Owner, check_columns, hard_labels
 
 __all__ = [
     'INHERITED',
     'SCHEDULED',
     'WITH_BACKGROUND',
+    'APLoss',
+    'BucketedAPLoss',
+    'BucketedRankSortLoss',
     'Owner',
     'RaMBOLoss',
+    'RankSortLoss',
+    'RankingLoss',
+    'RoIFocalLoss',
     'check_columns',
     'hard_labels',
 ]

@@ -22,7 +22,7 @@ INFINITE = ('inf', 'infinite')
 # The cure where a config has arguments of the loss that it replaces.
 INHERITED = (
     'A config that inherits another loss keeps its arguments; replace them all with '
-    "loss_cls=dict(_delete_=True, type='RaMBOLoss')"
+    'loss_cls=dict(_delete_=True, type=…)'
 )
 
 
@@ -46,6 +46,7 @@ def number(
     positive: bool = False,
     finite: bool = True,
     where: str = '',
+    loss: str = 'RaMBOLoss',
 ) -> float:
     """Return a number >= 0 (or > 0) or raise an error that names it.
 
@@ -55,14 +56,21 @@ def number(
     if positive and value in INFINITE:
         value = float('inf')
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f'RaMBOLoss: {name} must be a {low} number, got {value!r}')
+        raise TypeError(f'{loss}: {name} must be a {low} number, got {value!r}')
     low_enough = value < float('inf') if finite else True
     if not (low_enough and (value > 0 if positive else value >= 0)):
         kind = f'finite {low}' if finite else low
         raise ValueError(
-            f'RaMBOLoss: {name} must be a {kind} number{where}, got {value!r}'
+            f'{loss}: {name} must be a {kind} number{where}, got {value!r}'
         )
     return float(value)
+
+
+def refuse_unknown(loss: str, unknown: Dict[str, Any]) -> None:
+    """Raise if a config has arguments that a loss does not know."""
+    if unknown:
+        names = ', '.join(map(repr, unknown))
+        raise TypeError(f'{loss}: unexpected keyword argument {names}. {INHERITED}')
 
 
 def parse_term(

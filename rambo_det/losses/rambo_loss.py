@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional
 import torch
 from mmdet.registry import MODELS
 from mmengine.dist import get_world_size
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..functional import Ranking, detection_ap_loss, with_margin
 from ..functional.checks import at_least_float32, check_perturb
@@ -19,10 +19,12 @@ from .arguments import (
     build_auxiliary,
     number,
     parse_term,
+    refuse_unknown,
 )
 from .gather import Exchange, Step, gather_step
 from .memory import ScoreMemory
-from .rows import Images, Owner, Ranked, Rows, check_reduction, check_rows
+from .ranking_loss import RankingLoss
+from .rows import Images, Ranked, Rows, check_reduction, check_rows
 
 # What RaMBOScheduleHook can change during training.
 SCHEDULED = ('lambd', 'margin', 'loss_weight', 'auxiliary')
@@ -31,7 +33,7 @@ PATIENCE = 50
 
 
 @MODELS.register_module()
-class RaMBOLoss(nn.Module):
+class RaMBOLoss(RankingLoss):
     """Average precision of the classification scores as a loss.
 
     Rolínek et al., *Optimizing Rank-based Metrics with Blackbox Differentiation*, CVPR
@@ -103,6 +105,8 @@ class RaMBOLoss(nn.Module):
         True
     """
 
+    takes_background = True
+
     def __init__(
         self,
         lambd: float = float('inf'),
@@ -121,11 +125,7 @@ class RaMBOLoss(nn.Module):
         **unknown: Any,
     ) -> None:
         super().__init__()
-        if unknown:
-            names = ', '.join(map(repr, unknown))
-            raise TypeError(
-                f'RaMBOLoss: unexpected keyword argument {names}. {INHERITED}'
-            )
+        refuse_unknown('RaMBOLoss', unknown)
         together = check_perturb('RaMBOLoss', perturb)
         if scores not in SCORES:
             raise ValueError(
@@ -174,12 +174,9 @@ class RaMBOLoss(nn.Module):
         self._memory = ScoreMemory(memory)
         self.ranked = Ranked()
         self._exchange = Exchange(1 + len(self.terms))
-        self._owners: List[Owner] = []
         self._reported: Dict[str, Tensor] = {}
         self._calls_without_positive: Optional[int] = 0
         self._warned_about_images = False
-        # mmdet's RoI heads ask for these three to use the methods below.
-        self.custom_cls_channels = self.custom_activation = self.custom_accuracy = True
 
     def extra_repr(self) -> str:
         """Show the settings in the printed model."""
@@ -187,34 +184,6 @@ class RaMBOLoss(nn.Module):
         shown = ', '.join(f'{name}={getattr(self, name)!r}' for name in names)
         terms = [tuple(term) for term in self.terms]
         return f'{shown}, loss_weight={self.loss_weight}, terms={terms}'
-
-    # What mmdet's heads ask of a loss
-
-    def introduce(self, owner: Owner) -> None:
-        """Tell that a head holds this loss, which several may."""
-        self._owners.append(owner)
-
-    def get_cls_channels(self, num_classes: int) -> int:
-        """Return the number of outputs of the classifier for C classes."""
-        return num_classes + self.has_background
-
-    def get_activation(self, cls_score: Tensor) -> Tensor:
-        """Turn logits (N, C), or (N, C + 1) with softmax, into test scores.
-
-        They have shape (N, C + 1): RoI heads drop the last column, and semi-supervised
-        detectors read it as the probability of the background. Where every class has a
-        sigmoid, that is what the classes leave for it, 1 - max. Dense heads drop
-        nothing, and get (N, C).
-        """
-        dense = any(owner.dense for owner in self._owners)
-        if self.has_background:
-            scores = cls_score.softmax(dim=-1)
-            return scores[..., :-1] if dense else scores
-        scores = cls_score.sigmoid()
-        if dense:
-            return scores
-        background = (-cls_score.amax(dim=-1, keepdim=True)).sigmoid()
-        return torch.cat([scores, background], dim=-1)
 
     def get_accuracy(
         self, cls_score: Optional[Tensor] = None, labels: Optional[Tensor] = None
@@ -278,18 +247,9 @@ class RaMBOLoss(nn.Module):
         """
         together = self._ranks_together(images)
         try:
-            check_reduction(reduction_override)
-            rows = check_rows(
-                pred,
-                target,
-                weight,
-                images,
-                objects,
-                self._owners,
-                self.has_background,
-                any(term.span == 'image' for term in self.terms),
-                self.check_values,
-            )
+            check_reduction(self.name, reduction_override)
+            by_image = any(term.span == 'image' for term in self.terms)
+            rows = check_rows(self, pred, target, weight, images, objects, by_image)
             if self.scores != 'logits' or self.auxiliary is not None:
                 rows = rows.harmless()
             scores, labels = self.ranked(self._scores(rows.pred), rows.labels)

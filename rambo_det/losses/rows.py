@@ -1,9 +1,12 @@
-"""The rows of one call of RaMBOLoss, checked; messages name what came."""
+"""The rows of one call of a ranking loss, checked; messages name what came."""
 
-from typing import Any, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .ranking_loss import RankingLoss
 
 IGNORED = -1
 
@@ -48,54 +51,53 @@ class Owner(NamedTuple):
     bound: Optional[str] = None  # the head that binds the loss in its stead
 
 
-def hard_labels(target: Any) -> Tensor:
+def hard_labels(target: Any, name: str = 'RaMBOLoss') -> Tensor:
     """Return the labels of a target ``(labels, quality)``; a tensor as it is."""
     if isinstance(target, (tuple, list)) and len(target) == 2:
         target = target[0]
     if not isinstance(target, Tensor):
         raise TypeError(
-            'RaMBOLoss: target must be a tensor of labels, or (labels, quality) as '
+            f'{name}: target must be a tensor of labels, or (labels, quality) as '
             f'GFL and RTMDet give it, got {type(target).__name__}'
         )
     return target
 
 
 def check_rows(
+    loss: 'RankingLoss',
     pred: Tensor,
     target: Any,
     weight: Optional[Tensor],
     images: Optional[Images],
     objects: Optional[Tensor],
-    owners: Sequence[Owner],
-    has_background: bool,
-    count_images: bool,
-    look: bool,
+    count_images: bool = False,
 ) -> Rows:
     """Check what a head hands to the loss; see ``RaMBOLoss.forward`` for arguments.
 
-    Values are only looked at with ``look``, and the number of images only counted with
-    ``count_images``, as both may wait for the device, once together.
+    Values are only looked at if the loss checks them, and the number of images only
+    counted with ``count_images``, as both may wait for the device, once together.
 
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If shapes or values do not fit.
         RuntimeError: If a head has to tell the images of its rows and does not.
     """
-    labels = hard_labels(target)
+    name, has_background = loss.name, loss.has_background
+    labels = hard_labels(target, name)
     index, num_images = images if isinstance(images, tuple) else (images, None)
-    _check_shapes(pred, labels, weight, index, has_background)
+    _check_shapes(name, pred, labels, weight, index, has_background)
     if images is None:
-        for owner in owners:
+        for owner in loss.owners:
             if owner.refusal is not None:
-                raise RuntimeError(f'RaMBOLoss: {owner.refusal}')
-    check_columns(pred.size(1), owners, has_background)
+                raise RuntimeError(f'{name}: {owner.refusal}')
+    check_columns(loss, pred.size(1), loss.owners)
     labels = labels.long()
     ignored = None if weight is None else weight == 0
     any_ignored, any_positive = ignored is not None, None
-    if look:
+    if loss.check_values:
         num_classes = pred.size(1) - has_background
         any_ignored, any_positive, last = _look(
-            pred, labels, ignored, index, num_images, objects, num_classes
+            name, pred, labels, ignored, index, num_images, objects, num_classes
         )
         num_images = last + 1 if num_images is None else num_images
     if ignored is not None:
@@ -109,11 +111,11 @@ def check_rows(
     )
 
 
-def check_reduction(reduction_override: Optional[str]) -> None:
+def check_reduction(name: str, reduction_override: Optional[str]) -> None:
     """Raise unless the reduction is one that a ranking can have."""
     if reduction_override not in (None, 'mean', 'sum'):
         raise ValueError(
-            f'RaMBOLoss: reduction_override={reduction_override!r} is not '
+            f'{name}: reduction_override={reduction_override!r} is not '
             "possible: a ranking has no loss per row. Use None, 'mean' or 'sum' "
             '(the same here). OHEM samplers, PISA and PAA need a loss per row: use '
             'another sampler, or another loss'
@@ -121,6 +123,7 @@ def check_reduction(reduction_override: Optional[str]) -> None:
 
 
 def _check_shapes(
+    loss: str,
     pred: Tensor,
     labels: Tensor,
     weight: Optional[Tensor],
@@ -130,13 +133,13 @@ def _check_shapes(
     """Check shapes and types."""
     if not isinstance(pred, Tensor):
         raise TypeError(
-            f'RaMBOLoss: pred must be a tensor of logits, got {type(pred).__name__}'
+            f'{loss}: pred must be a tensor of logits, got {type(pred).__name__}'
         )
     if not pred.is_floating_point():
-        raise TypeError(f'RaMBOLoss: pred must be floating point, got {pred.dtype}')
+        raise TypeError(f'{loss}: pred must be floating point, got {pred.dtype}')
     if pred.dim() != 2 or pred.size(1) < 1 + has_background:
         raise ValueError(
-            'RaMBOLoss: pred must have shape (N, C)'
+            f'{loss}: pred must have shape (N, C)'
             + (' with C + 1 columns for softmax' if has_background else '')
             + f', got {tuple(pred.shape)}'
         )
@@ -148,17 +151,18 @@ def _check_shapes(
         ):
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             what = 'labels' if name == 'target' else 'numbers, the image of each row'
-            raise TypeError(f'RaMBOLoss: {name} must hold integer {what}, got {got}')
+            raise TypeError(f'{loss}: {name} must hold integer {what}, got {got}')
     for name, value in (('target', labels), ('weight', weight), ('images', index)):
         if value is not None and value.shape != pred.shape[:1]:
             raise ValueError(
-                f'RaMBOLoss: {name} must have shape ({pred.size(0)},), one value '
+                f'{loss}: {name} must have shape ({pred.size(0)},), one value '
                 f'per row of pred {tuple(pred.shape)}, got {tuple(value.shape)}'
             )
 
 
-def check_columns(columns: int, owners: Sequence[Owner], has_background: bool) -> None:
-    """Raise if no head that holds the loss has as many columns."""
+def check_columns(loss: 'RankingLoss', columns: int, owners: Sequence[Owner]) -> None:
+    """Raise if none of the heads that hold the loss has as many columns."""
+    has_background = loss.has_background
     known = {owner.head: owner.num_classes for owner in owners}
     if not known or columns - has_background in known.values():
         return
@@ -170,19 +174,20 @@ def check_columns(columns: int, owners: Sequence[Owner], has_background: bool) -
         cures.append("scores='logits', use_sigmoid=True in loss_cls")
     else:
         need = 'C, one per class: a background column would be ranked as a class'
-        cures.append(
-            'use_sigmoid=True in loss_cls, where stock heads look for it'
-            if owner.dense
-            else "scores='log_softmax', use_sigmoid=False in loss_cls"
-        )
+        if owner.dense:
+            cures.append('use_sigmoid=True in loss_cls, where stock heads look for it')
+        elif loss.takes_background:
+            cures.append("scores='log_softmax', use_sigmoid=False in loss_cls")
+    cures = cures or ['a head that asks the loss for its columns']
     raise ValueError(
-        f'RaMBOLoss: pred has {columns} columns, but {heads}, and the loss expects '
+        f'{loss.name}: pred has {columns} columns, but {heads}, and the loss expects '
         f'{need}. Use {", or ".join(cures)} (docs/detectors.md)'
     )
 
 
 @torch.no_grad()
 def _look(
+    name: str,
     pred: Tensor,
     labels: Tensor,
     ignored: Optional[Tensor],
@@ -215,7 +220,7 @@ def _look(
     lowest, highest = found.get('lowest', num_classes), found.get('highest', 0)
     if largest >= num_classes:
         raise ValueError(
-            f'RaMBOLoss: an object of the batch has label {largest}, but the '
+            f'{name}: an object of the batch has label {largest}, but the '
             f'classifier has {num_classes} class{"es" * (num_classes > 1)} (labels '
             f'0..{num_classes - 1}), so that it would be taken for background. Set '
             'num_classes of the head to the number of classes in the data '
@@ -224,15 +229,16 @@ def _look(
     if first < 0 or (num_images is not None and last >= max(num_images, 1)):
         expected = '>= 0' if num_images is None else f'0..{num_images - 1}'
         raise ValueError(
-            f'RaMBOLoss: images must hold the image of each row, {expected}, got '
+            f'{name}: images must hold the image of each row, {expected}, got '
             f'{first} to {last}'
         )
     if found['suspicious'] or lowest < 0 or highest > num_classes:
-        _name_what_is_wrong(pred, labels, ignored, num_classes)
+        _name_what_is_wrong(name, pred, labels, ignored, num_classes)
     return bool(found.get('ignored', 0)), lowest < num_classes, last
 
 
 def _name_what_is_wrong(
+    name: str,
     pred: Tensor,
     labels: Tensor,
     ignored: Optional[Tensor],
@@ -247,7 +253,7 @@ def _name_what_is_wrong(
         nan, wrong = nan & ~ignored.unsqueeze(1), wrong & ~ignored
     if bool(wrong.any()):
         raise ValueError(
-            'RaMBOLoss: target must hold labels 0..C-1 (foreground) and C '
+            f'{name}: target must hold labels 0..C-1 (foreground) and C '
             f'(background) with C = {num_classes} columns of pred, got '
             f'{labels[wrong].unique().tolist()}; check num_classes of the head and '
             'the classes of the data set'
@@ -255,7 +261,7 @@ def _name_what_is_wrong(
     if bool(nan.any()):
         what = 'infinite logits, NaN after the softmax' if infinite else 'NaN'
         raise ValueError(
-            f'RaMBOLoss: pred contains {what} ({int(nan.sum())} of {nan.numel()} '
+            f'{name}: pred contains {what} ({int(nan.sum())} of {nan.numel()} '
             'entries), which has no rank: training has diverged. Lower the '
             'learning rate, clip gradients, or look for zero-area boxes in the data'
         )

@@ -77,3 +77,21 @@ def record_calls(loss):
 
     loss.forward = spy
     return calls
+
+
+def train_and_predict(model, steps=1, classes=CLASSES):
+    """Run steps, then predict the classes alone; return what the last step reported."""
+    data = batch(model)
+    for _ in range(steps):
+        losses = model.loss(data['inputs'], data['data_samples'])
+        total, logs = model.parse_losses(losses)
+        total.backward()
+        assert all(torch.isfinite(torch.as_tensor(value)) for value in logs.values())
+        assert {'class_ap', 'pooled_ap'} <= {key.rpartition('.')[2] for key in logs}
+    model.eval()
+    with torch.no_grad():
+        results = model.predict(data['inputs'], data['data_samples'])
+    labels = torch.cat([result.pred_instances.labels for result in results])
+    assert len(labels) and labels.min() >= 0 and labels.max() < classes
+    assert all((result.pred_instances.scores <= 1).all() for result in results)
+    return logs

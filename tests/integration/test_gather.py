@@ -346,12 +346,6 @@ def test_one_process_ranks_its_own_rows(in_group, tmp_path):
     assert together == alone > 0
 
 
-def test_gather_has_to_be_a_choice():
-    with pytest.raises(TypeError, match="gather must be True, False or None.*got 'yes"):
-        RaMBOLoss(gather='yes')
-    assert 'gather=None' in repr(RaMBOLoss())
-
-
 # Errors
 
 

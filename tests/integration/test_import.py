@@ -65,26 +65,6 @@ assert new == {'rambo_det'}, new
     assert result.returncode == 0, result.stderr
 
 
-def test_what_configs_ask_for_by_name_is_left_out():
-    pytest.importorskip('mmdet', reason='nothing is registered without mmdet')
-    code = """
-import rambo_det
-assert 'rambo_det.heads.bbox_heads' in sys.modules
-assert 'rambo_det.baselines' not in sys.modules
-"""
-    result = run(code)
-    assert result.returncode == 0, result.stderr
-
-
-def test_baselines_without_mmdet_are_the_losses():
-    code = """
-from rambo_det import baselines
-assert 'ap_loss' in baselines.__all__ and 'RivalLoss' not in baselines.__all__
-"""
-    result = run(code, 'mmdet', 'mmcv', 'mmengine')
-    assert result.returncode == 0, result.stderr
-
-
 SCRIPTS = [
     str(path.relative_to(ROOT))
     for path in sorted(ROOT.glob('tools/**/*.py'))

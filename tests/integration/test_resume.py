@@ -12,12 +12,12 @@ import torch
 
 pytest.importorskip('mmdet', reason='the hooks are registered in mmdet')
 from mmengine.hooks import Hook
-from torch.multiprocessing import spawn
 
 from rambo_det.hooks import resume as resume_module
 from rambo_det.hooks.resume import KEY, random_state, set_random_state
 from rambo_det.losses import memory as memory_module
 from tests.helpers.checkpoints import load_checkpoint
+from tests.helpers.processes import run
 from tests.helpers.toy_training import (
     Augmented,
     Restless,
@@ -412,47 +412,38 @@ def test_each_process_gets_its_own_memory_back(tmp_path, monkeypatch):
     assert (model.loss.get_extra_state()['scores'][0] == 7).all()
 
 
-def _in_two_processes(rank, folder, resume, hooks):
-    """Train in one of two processes; write the weights and what is remembered."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        'gloo', init_method=f'file://{folder}/meet-{resume}', rank=rank, world_size=2
-    )
+def _in_two_processes(rank, folder, resume):
+    """Train in one of two processes; return the weights and what is remembered."""
     os.environ.update(LOCAL_RANK=str(rank))
+    wrapper = dict(type='MMDistributedDataParallel', device_ids=None)
     runner, model = noisy_training(
         folder,
-        hooks,
+        EXACT,
         resume=resume,
         loop=dict(by_epoch=True, max_epochs=3),
         randomness=dict(seed=3, diff_rank_seed=True),
         launcher='pytorch',
-        cfg=dict(
-            model_wrapper_cfg=dict(type='MMDistributedDataParallel', device_ids=None)
-        ),
+        cfg=dict(model_wrapper_cfg=wrapper),
     )
     runner.train()
-    name = f'{"resumed" if resume else "whole"}-{rank}.pt'
-    torch.save(model.state_dict(), folder / name)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    return model.state_dict()
 
 
 @pytest.mark.slow
 def test_two_processes_resume_with_what_each_had(tmp_path):
+    found = []
     for resume in (False, True):
-        spawn(_in_two_processes, (tmp_path, resume, EXACT), nprocs=2)
-        go_back_to(tmp_path, 'epoch_2.pth')
-        if not resume:
-            saved = load_checkpoint(tmp_path / 'epoch_2.pth')
-            assert len(saved[KEY]['states']) == saved[KEY]['processes'] == 2
-    memories = []
-    for rank in (0, 1):
-        whole, rest = (
-            load_checkpoint(tmp_path / f'{n}-{rank}.pt') for n in ('whole', 'resumed')
-        )
-        for key, value in whole.items():
-            assert str(value) == str(rest[key])
-        memories.append(str(whole['loss._extra_state']['scores']))
+        (tmp_path / str(resume)).mkdir()
+        arguments = tmp_path / str(resume), tmp_path / 'work', resume
+        found.append(run(_in_two_processes, 2, *arguments))
+        go_back_to(tmp_path / 'work', 'epoch_2.pth')
+        saved = load_checkpoint(tmp_path / 'work' / 'epoch_2.pth')
+        assert len(saved[KEY]['states']) == saved[KEY]['processes'] == 2
+    whole, resumed = found
+    for states in zip(whole, resumed):
+        for key, value in states[0].items():
+            assert str(value) == str(states[1][key])
+    memories = [str(state['loss._extra_state']['scores']) for state in whole]
     assert memories[0] != memories[1]
 
 

@@ -1,4 +1,4 @@
-"""The rivals compute what their papers define, and the benchmark runs."""
+"""What is only timed computes what its paper defines, and the benchmark runs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 
 pytest.importorskip('mmdet', reason='needs mmdet')
 
-from rambo_det import baselines
+from rambo_det.functional import peers
 from tests import ROOT
 from tests.helpers import oracle
-from tools.analysis_tools import benchmark_loss, benchmark_report
+from tools.analysis_tools import benchmark_loss, benchmark_report, benchmark_rivals
 
 
 def draw(seed, rows=9, classes=3, positives=4, spread=1.5):
@@ -36,13 +36,6 @@ def split(logits, labels):
     positives = [i * classes + k for i, k in enumerate(labels.tolist()) if k < classes]
     negatives = [i for i in range(len(scores)) if i not in positives]
     return scores, positives, negatives
-
-
-def step(x, delta):
-    """The smoothed Heaviside function H of AP Loss and RS Loss."""
-    if delta and abs(x) <= delta:
-        return x / (2 * delta) + 0.5
-    return float(x >= 0)
 
 
 def assert_loss_and_gradient(loss, logits, expected, gradient):
@@ -71,7 +64,7 @@ def test_literal_form_is_algorithm_1(seed):
     loss, grad = oracle.ap_loss(flat, targets.reshape(-1).tolist(), lambd / 3)
     expected += loss / 3
     gradient += torch.tensor(grad, dtype=torch.float64).view_as(gradient) / 3
-    result = baselines.literal_loss(logits, labels, lambd, margin)
+    result = benchmark_rivals.literal_loss(logits, labels, lambd, margin)
     result.backward()
     assert result.item() == pytest.approx(expected, abs=1e-12)
     torch.testing.assert_close(logits.grad, gradient, rtol=0, atol=1e-12)
@@ -80,94 +73,8 @@ def test_literal_form_is_algorithm_1(seed):
 def test_literal_form_does_twelve_argsorts():
     logits, labels = draw(0)
     with torch.profiler.profile() as run:
-        baselines.literal_loss(logits, labels).backward()
+        benchmark_rivals.literal_loss(logits, labels).backward()
     assert sum(event.name == 'aten::argsort' for event in run.events()) == 12
-
-
-def ap_by_pairs(scores, positives, negatives, delta, interpolate=True, own=1.0):
-    """Chen et al.: L_ij, the interpolated precision, and the error-driven update."""
-    expected, gradient, highest = 0.0, [0.0] * len(scores), 0.0
-    for i in sorted(positives, key=lambda i: scores[i]):
-        h = {j: step(scores[j] - scores[i], delta) for j in positives + negatives}
-        rank = own + sum(value for j, value in h.items() if j != i)
-        precision = 1 - sum(h[j] / rank for j in negatives)
-        highest = max(highest, precision) if interpolate else precision
-        scale = (1 - highest) / (1 - precision) if precision < 1 else 0.0
-        for j in negatives:
-            error = h[j] / rank * scale / len(positives)
-            expected += error
-            gradient[i] -= error
-            gradient[j] += error
-    return expected, gradient
-
-
-def rank_sort_by_pairs(scores, positives, negatives, delta, quality):
-    """Oksuz et al.: ranking and sorting errors, spread by their primary terms."""
-    quality = dict(zip(positives, quality.tolist()))
-    expected, gradient = 0.0, [0.0] * len(scores)
-    for i in positives:
-        h = {j: step(scores[j] - scores[i], delta) for j in positives + negatives}
-        false = sum(h[j] for j in negatives)
-        place = sum(h[j] for j in positives)
-        ranking = false / (place + false)
-        right = [j for j in positives if quality[j] >= quality[i]]
-        wrong = {j: h[j] for j in positives if quality[j] < quality[i]}
-        now = sum(h[j] * (1 - quality[j]) for j in positives) / place
-        goal = sum(h[j] * (1 - quality[j]) for j in right) / sum(h[j] for j in right)
-        shares = [({j: h[j] for j in negatives}, ranking), (wrong, now - goal)]
-        for causes, error in shares:
-            expected += error / len(positives)
-            total = sum(causes.values())
-            for j, part in causes.items():
-                if total > 0:
-                    gradient[j] += part / total * error / len(positives)
-                    gradient[i] -= part / total * error / len(positives)
-    return expected, gradient
-
-
-def in_buckets(scores, positives, negatives, delta):
-    """Yavuz et al.: the negatives between two positives get their mean score."""
-    lowest, buckets, moved = min(scores[i] for i in positives), {}, list(scores)
-    for j in negatives:
-        if scores[j] >= lowest - delta:
-            before = sum(scores[i] > scores[j] for i in positives)
-            buckets.setdefault(before, []).append(j)
-    for bucket in buckets.values():
-        for j in bucket:
-            moved[j] = sum(scores[k] for k in bucket) / len(bucket)
-    return moved
-
-
-@pytest.mark.parametrize('delta', [0.6, 0])
-@pytest.mark.parametrize('seed', range(20))
-def test_pairwise_losses_are_their_definitions(seed, delta):
-    """With δ = 0 bucketing changes no gradient, which is theorem 4.1 of its paper.
-
-    AP Loss has to be without interpolation then, as its bucketed form is.
-    """
-    logits, labels = draw(seed)
-    scores, *parts = split(logits, labels)
-    generator = torch.Generator().manual_seed(seed)
-    quality = torch.rand(len(parts[0]), generator=generator, dtype=torch.float64)
-    moved = in_buckets(scores, *parts, delta) if delta else scores
-    own = step(0, delta)
-    for loss, expected in (
-        (baselines.ap_loss(logits, labels, delta), ap_by_pairs(scores, *parts, delta)),
-        (
-            baselines.bucketed_ap_loss(logits, labels, delta),
-            ap_by_pairs(moved, *parts, delta, interpolate=False, own=own),
-        ),
-        (
-            baselines.rank_sort_loss(logits, labels, quality, delta),
-            rank_sort_by_pairs(scores, *parts, delta, quality),
-        ),
-        (
-            baselines.bucketed_rank_sort_loss(logits, labels, quality, delta),
-            rank_sort_by_pairs(moved, *parts, delta, quality),
-        ),
-    ):
-        logits.grad = None
-        assert_loss_and_gradient(loss, logits, *expected)
 
 
 def test_bucketing_hardly_changes_the_gradient():
@@ -175,8 +82,8 @@ def test_bucketing_hardly_changes_the_gradient():
     problem = benchmark_loss.Problem.draw(4_096, 20, 64)
     logits, labels, quality = problem.logits, problem.labels, problem.quality
     for plain, bucketed in (
-        (baselines.ap_loss, baselines.bucketed_ap_loss),
-        (baselines.rank_sort_loss, baselines.bucketed_rank_sort_loss),
+        (peers.ap_loss, peers.bucketed_ap_loss),
+        (peers.rank_sort_loss, peers.bucketed_rank_sort_loss),
     ):
         extra = (quality,) * ('rank' in plain.__name__)
         pair = [
@@ -227,23 +134,17 @@ def test_map_histogram_loss_is_its_definition(seed):
     outward = (place < low) & (gradient > 0) | (place > high) & (gradient < 0)
     gradient[outward & (labels.repeat_interleave(3) == torch.arange(3).repeat(9))] = 0
     gradient = (-last / (2 * limit) * gradient).tolist()
-    loss = baselines.map_histogram_loss(logits, labels, quality, bins, limit, progress)
+    loss = benchmark_rivals.map_histogram_loss(
+        logits, labels, quality, bins, limit, progress
+    )
     assert_loss_and_gradient(loss, logits, expected.item(), gradient)
 
 
-def test_no_positive():
+def test_histogram_without_positives():
     logits, labels = draw(0, positives=0)
-    none = logits.new_zeros(0)
-    for loss in (
-        baselines.ap_loss(logits, labels),
-        baselines.bucketed_ap_loss(logits, labels),
-        baselines.rank_sort_loss(logits, labels, none),
-        baselines.bucketed_rank_sort_loss(logits, labels, none),
-        baselines.map_histogram_loss(logits, labels, none) - 1,
-    ):
-        loss.backward()
-        assert loss == 0
-        assert not logits.grad.any()
+    loss = benchmark_rivals.map_histogram_loss(logits, labels, logits.new_zeros(0))
+    loss.backward()
+    assert loss == 1 and not logits.grad.any()
 
 
 def test_sweeps_hold_the_share():

@@ -64,6 +64,10 @@ def text_of(root, split):
     return root / 'ImageSets' / 'Main' / f'{split}.txt'
 
 
+def trainval(root):
+    return text_of(root, 'trainval')
+
+
 def lines(root, split):
     return text_of(root, split).read_text().splitlines()
 
@@ -148,23 +152,6 @@ def boxes(item):
     return item['data_samples'].gt_instances.bboxes.tensor.tolist()
 
 
-def stops_at_start(error, match):
-    def training(root):
-        with pytest.raises(error, match=match):
-            dataset_of(root)
-
-    return training
-
-
-def stops_at_image(error, match):
-    def training(root):
-        dataset = dataset_of(root)
-        with pytest.raises(error, match=match):
-            dataset[0]
-
-    return training
-
-
 def turns_the_image(root):
     sample = dataset_of(root)[0]['data_samples']
     assert sample.ori_shape == SIZE  # height and width
@@ -222,116 +209,102 @@ def objects(root, name):
 
 
 NOT_XML = '<annotation><object></annotation>'
-# kind: how it comes about, the file and what is said of it, what the copy is said to
-# have instead, and what training does.
+
+
+def stops(error, match, at=None):
+    """The training stops when it reads the list, or an image."""
+
+    def training(root):
+        dataset = dataset_of(root) if at == 'image' else None
+        with pytest.raises(error, match=match):
+            dataset_of(root) if dataset is None else dataset[0]
+
+    return training
+
+
+def tag(pattern, new):
+    return lambda root: edit(root, FIRST, pattern, new)
+
+
+# How each kind comes about, and what training does.
 ROWS = {
     'image-missing': (
         lambda root: image(root).unlink(),
-        ('JPEGImages/000001.jpg', 'no such file', 'taken out of all lists'),
-        stops_at_image(FileNotFoundError, '000001.jpg'),
+        stops(FileNotFoundError, '000001.jpg', 'image'),
     ),
-    'extension': (
-        rename,
-        ('JPEGImages/000001.JPEG', 'is not .jpg', 'copied as JPEGImages/000001.jpg'),
-        stops_at_image(FileNotFoundError, '000001.jpg'),
-    ),
+    'extension': (rename, stops(FileNotFoundError, '000001.jpg', 'image')),
     'image-unreadable': (
         write(image, b'not an image'),
-        ('JPEGImages/000001.jpg', '12 bytes that are no image', 'taken out'),
-        stops_at_image(AssertionError, 'failed to load image.*000001.jpg'),
+        stops(AssertionError, 'failed to load image.*000001.jpg', 'image'),
     ),
     'image-truncated': (
         truncate,
-        ('JPEGImages/000001.jpg', 'truncated', 'taken out of all lists'),
-        stops_at_image(AssertionError, 'failed to load image.*000001.jpg'),
+        stops(AssertionError, 'failed to load image.*000001.jpg', 'image'),
     ),
-    'image-rotated': (
-        rotate,
-        ('JPEGImages/000001.jpg', 'turns it to 64 x 96', 'stored without'),
-        turns_the_image,
-    ),
+    'image-rotated': (rotate, turns_the_image),
     'xml-missing': (
         lambda root: xml(root).unlink(),
-        ('Annotations/000001.xml', 'no such file', 'taken out of all lists'),
-        stops_at_start(FileNotFoundError, '000001.xml'),
+        stops(FileNotFoundError, '000001.xml'),
     ),
     'xml-unreadable': (
         write(xml, NOT_XML),
-        ('Annotations/000001.xml', 'mismatched tag', 'taken out of all lists'),
-        stops_at_start(ET.ParseError, '^mismatched tag(?!.*000001)'),
+        stops(ET.ParseError, '^mismatched tag(?!.*000001)'),
     ),
-    'size-mismatch': (
-        lambda root: edit(root, FIRST, '<width>.*?</width>', '<width>7</width>'),
-        ('Annotations/000001.xml', 'says 7 x 64, the image has 96 x 64', 'set to 96'),
-        believes_the_xml,
-    ),
+    'size-mismatch': (tag('<width>.*?<', '<width>7<'), believes_the_xml),
     'object-unreadable': (
-        lambda root: edit(root, FIRST, '<bndbox>.*?</bndbox>', ''),
-        ('Annotations/000001.xml', 'None None None None', 'dropped'),
-        stops_at_start(AttributeError, "'NoneType' object(?!.*000001)"),
+        tag('<bndbox>.*?</bndbox>', ''),
+        stops(AttributeError, "'NoneType' object(?!.*000001)"),
     ),
-    'box-zero-area': (
-        box(10, 12, 10, 12),
-        ('Annotations/000001.xml', '(10, 12, 10, 12)', 'dropped'),
-        box_without_area,
-    ),
-    'box-inverted': (
-        box(50, 40, 10, 12),
-        ('Annotations/000001.xml', '(50, 40, 10, 12)', 'swapped: (10, 12, 50, 40)'),
-        box_without_area,
-    ),
-    'box-outside': (
-        box(100, 12, 140, 40),
-        ('Annotations/000001.xml', 'the image has 96 x 64', 'dropped'),
-        box_without_area,
-    ),
-    'box-over-edge': (
-        box(-20, 10, 140, 40),
-        ('Annotations/000001.xml', '1 to 96 x 1 to 64', 'clipped to (1, 10, 96, 40)'),
-        clips,
-    ),
-    'box-float': (
-        box(10.7, 12.2, 50.9, 40.0),
-        ('Annotations/000001.xml', '(10.7, 12.2, ', 'rounded to (11, 12, 51, 40)'),
-        cuts_fractions,
-    ),
-    'class-unknown': (
-        lambda root: edit(root, FIRST, '<name>disc<', '<name>sedan<'),
-        ('Annotations/000001.xml', "'sedan', 1 times", 'dropped, as training would'),
-        drops_the_object,
-    ),
-    'class-empty': (
-        only_class,
-        ('ImageSets/Main/trainval.txt', 'no object', ''),
-        has_no_star,
-    ),
+    'box-zero-area': (box(10, 12, 10, 12), box_without_area),
+    'box-inverted': (box(50, 40, 10, 12), box_without_area),
+    'box-outside': (box(100, 12, 140, 40), box_without_area),
+    'box-over-edge': (box(-20, 10, 140, 40), clips),
+    'box-float': (box(10.7, 12.2, 50.9, 40.0), cuts_fractions),
+    'class-unknown': (tag('<name>disc<', '<name>sedan<'), drops_the_object),
+    'class-empty': (only_class, has_no_star),
     'list-line': (
-        lambda root: text_of(root, 'trainval').write_text('000001.jpg\n000002 \n\n'),
-        ('ImageSets/Main/trainval.txt', "line 1: '000001.jpg'", "read as '000001'"),
-        stops_at_start(FileNotFoundError, '000001.jpg.xml'),
+        write(trainval, '000001.jpg\n000002 \n\n'),
+        stops(FileNotFoundError, '000001.jpg.xml'),
     ),
-    'list-repeats': (
-        append('trainval', '000001\n'),
-        ('ImageSets/Main/trainval.txt', '000001 is listed 2 times', 'listed once'),
-        counts_it_twice,
-    ),
+    'list-repeats': (append('trainval', '000001\n'), counts_it_twice),
     'list-empty': (
-        lambda root: text_of(root, 'trainval').write_text(''),
-        ('ImageSets/Main/trainval.txt', 'names no image', ''),
-        stops_at_start(ValueError, 'trainval.txt names no image'),
+        write(trainval, ''),
+        stops(ValueError, 'trainval.txt names no image'),
     ),
-    'splits-overlap': (
-        append('trainval', '000013\n'),
-        ('ImageSets/Main/trainval.txt', '000013 is also in test', 'taken out of train'),
-        sees_the_same,
-    ),
-    'splits-same-content': (
-        copy_image,
-        ('ImageSets/Main/trainval.txt', 'same image as 000013', 'taken out of train'),
-        sees_the_same,
-    ),
+    'splits-overlap': (append('trainval', '000013\n'), sees_the_same),
+    'splits-same-content': (copy_image, sees_the_same),
+}
+XML, JPEG = 'Annotations/000001.xml', 'JPEGImages/000001.jpg'
+LIST = 'ImageSets/Main/trainval.txt'
+# The file, what is said of it, and what the copy is said to have instead.
+SAID = {
+    'image-missing': (JPEG, 'no such file', 'taken out of all lists'),
+    'extension': ('JPEGImages/000001.JPEG', 'is not .jpg', f'copied as {JPEG}'),
+    'image-unreadable': (JPEG, '12 bytes that are no image', 'taken out'),
+    'image-truncated': (JPEG, 'truncated', 'taken out of all lists'),
+    'image-rotated': (JPEG, 'turns it to 64 x 96', 'stored without'),
+    'xml-missing': (XML, 'no such file', 'taken out of all lists'),
+    'xml-unreadable': (XML, 'mismatched tag', 'taken out of all lists'),
+    'size-mismatch': (XML, 'says 7 x 64, the image has 96 x 64', 'set to 96'),
+    'object-unreadable': (XML, 'None None None None', 'dropped'),
+    'box-zero-area': (XML, '(10, 12, 10, 12)', 'dropped'),
+    'box-inverted': (XML, '(50, 40, 10, 12)', 'swapped: (10, 12, 50, 40)'),
+    'box-outside': (XML, 'the image has 96 x 64', 'dropped'),
+    'box-over-edge': (XML, '1 to 96 x 1 to 64', 'clipped to (1, 10, 96, 40)'),
+    'box-float': (XML, '(10.7, 12.2, ', 'rounded to (11, 12, 51, 40)'),
+    'class-unknown': (XML, "'sedan', 1 times", 'dropped, as training would'),
+    'class-empty': (LIST, 'no object', ''),
+    'list-line': (LIST, "line 1: '000001.jpg'", "read as '000001'"),
+    'list-repeats': (LIST, '000001 is listed 2 times', 'listed once'),
+    'list-empty': (LIST, 'names no image', ''),
+    'splits-overlap': (LIST, '000013 is also in test', 'taken out of train'),
+    'splits-same-content': (LIST, 'same image as 000013', 'taken out of train'),
 }
 UNREPAIRED = ('class-empty', 'list-empty')
+
+
+def fix(data, out, *more):
+    return main([str(data), '--classes', *CLASSES, '--fix', str(out), *more])
 
 
 def test_nothing_is_wrong_with_clean_data(clean, capsys):
@@ -343,19 +316,16 @@ def test_nothing_is_wrong_with_clean_data(clean, capsys):
 @pytest.mark.parametrize('kind', KINDS)
 def test_row(kind, data, tmp_path, capsys):
     """What is found, what the copy has instead, and what training does."""
-    damage, (file, detail, repair), training = ROWS[kind]
+    (damage, training), (file, detail, repair) = ROWS[kind], SAID[kind]
     damage(data)
     before = digest(data)
-    arguments = ['--classes', *CLASSES]
-    assert main([str(data), *arguments]) == 1
+    assert main([str(data), '--classes', *CLASSES]) == 1
     printed = capsys.readouterr().out
     block = printed.split(f'\n{kind}: ')[1]
     assert f'{file}: ' in block and detail in block and KINDS[kind] in block
 
-    fixed = tmp_path / 'fixed'
-    report = tmp_path / 'reports' / 'report.json'
-    options = ['--fix', str(fixed), '--json', str(report)]
-    code = main([str(data), *arguments, *options])
+    fixed, report = tmp_path / 'fixed', tmp_path / 'reports' / 'report.json'
+    code = fix(data, fixed, '--json', str(report))
     printed = capsys.readouterr().out
     problems = [
         problem
@@ -410,64 +380,48 @@ def test_the_table_in_the_docs_has_every_kind():
     page = (ROOT / 'docs' / 'reliability.md').read_text()
     (text,) = (part for part in page.split('\n## ') if part.startswith('Data\n'))
     rows = re.findall(r'^\| `([\w-]+)` \|', text, re.MULTILINE)
-    assert rows == [*KINDS] == [*ROWS]
+    assert rows == [*KINDS] == [*ROWS] == [*SAID]
     assert 'tests/tools/test_check_voc.py::test_row' in text
+
+
+LOST, SIZED = 'taken out', 'set to 96 x 64'
+UNREADABLE, UNKNOWN = 'object-unreadable', 'class-unknown'
 
 
 @pytest.mark.parametrize(
     ('damage', 'kind', 'detail', 'repair'),
     [
         (write(image, b''), 'image-unreadable', 'is empty', 'taken out of all lists'),
+        (tag('<width>.*?<', '<width>96.0<'), 'size-mismatch', 'says 96.0 x', SIZED),
+        (tag('<width>.*?</width>', ''), 'size-mismatch', 'says None x 64', SIZED),
+        (box(1, 2, 'nan', 4), UNREADABLE, 'bndbox 1 2 nan 4', 'dropped'),
+        (box(1, 2, 'x', 4), UNREADABLE, 'expected 4 numbers', 'dropped'),
+        (tag('<name>.*?<', '<name><'), UNREADABLE, 'object without name', 'dropped'),
         (
-            lambda root: edit(root, FIRST, '<width>.*?</width>', '<width>96.0</width>'),
-            'size-mismatch',
-            'says 96.0 x 64',
-            'set to 96 x 64',
-        ),
-        (
-            lambda root: edit(root, FIRST, '<width>.*?</width>', ''),
-            'size-mismatch',
-            'says None x 64',
-            'set to 96 x 64',
-        ),
-        (box(1, 2, 'nan', 4), 'object-unreadable', 'bndbox 1 2 nan 4', 'dropped'),
-        (box(1, 2, 'x', 4), 'object-unreadable', 'expected 4 numbers', 'dropped'),
-        (
-            lambda root: edit(root, FIRST, '<name>.*?</name>', '<name></name>'),
-            'object-unreadable',
-            'an object without name',
-            'dropped',
-        ),
-        (
-            lambda root: edit(root, FIRST, '<difficult>.', '<difficult>Unspecified'),
-            'object-unreadable',
+            tag('<difficult>.', '<difficult>Unspecified'),
+            UNREADABLE,
             "disc: difficult is 'Unspecified', expected 0 or 1",
             'set to 0',
         ),
+        (tag('<name>disc', '<name> Disc'), UNKNOWN, "' Disc', 1", "renamed 'disc'"),
         (
-            lambda root: edit(root, FIRST, '<name>disc', '<name> Disc'),
-            'class-unknown',
-            "' Disc', 1 times",
-            "renamed 'disc'",
-        ),
-        (
-            lambda root: edit(root, FIRST, '<name>disc', '<name>disk'),
-            'class-unknown',
+            tag('<name>disc', '<name>disk'),
+            UNKNOWN,
             "'disk', 1 times, did you mean 'disc'?",
             'dropped, as training would',
         ),
         (box(10.2, 3, 10.9, 9), 'box-zero-area', '(10.2, 3, 10.9, 9)', 'dropped'),
         (box(0, 0, 20, 20), 'box-over-edge', '(0, 0, 20, 20)', 'to (1, 1, 20, 20)'),
-        (append('test', '\ufeff000013 \n'), 'list-line', 'line 13', "read as '000013'"),
-        (append('test', '000013  1\n'), 'list-line', "'000013  1'", "read as '000013'"),
-        (append('test', 'nowhere\n'), 'image-missing', 'is listed', 'taken out'),
+        (append('test', '\ufeff000013 \n'), 'list-line', 'line 13', "as '000013'"),
+        (append('test', '000013  1\n'), 'list-line', "'000013  1'", "as '000013'"),
+        (append('test', 'nowhere\n'), 'image-missing', 'is listed', LOST),
     ],
 )
 def test_what_else_is_found(data, tmp_path, damage, kind, detail, repair):
     damage(data)
     (problem,) = (p for p in check(data, CLASSES).problems if p.kind == kind)
     assert detail in problem.detail and repair in problem.repair
-    main([str(data), '--classes', *CLASSES, '--fix', str(tmp_path / 'fixed')])
+    fix(data, tmp_path / 'fixed')
     assert check(tmp_path / 'fixed', CLASSES).problems == []
 
 
@@ -503,12 +457,9 @@ def test_an_image_that_only_pillow_reads_is_unreadable(data):
 
 def test_a_turned_image_with_fitting_annotation_is_well(data):
     rotate(data)
-    for name in (FIRST,):
-        edit(data, name, '<width>.*?</height>', '<width>64</width><height>96</height>')
-    assert {p.kind for p in check(data, CLASSES).problems} <= {
-        'box-over-edge',
-        'box-outside',
-    }
+    edit(data, FIRST, '<width>.*?</height>', '<width>64</width><height>96</height>')
+    allowed = {'box-over-edge', 'box-outside'}
+    assert {p.kind for p in check(data, CLASSES).problems} <= allowed
     assert tuple(dataset_of(data)[0]['data_samples'].ori_shape) == SIZE
 
 
@@ -519,14 +470,14 @@ def test_the_upright_copy_has_the_same_pixels(data, tmp_path, format):
         with Image.open(image(data)) as picture:
             picture.save(image(data), 'PNG', exif=picture.getexif())
     stored = cv2.imread(str(image(data)), cv2.IMREAD_IGNORE_ORIENTATION | 1)
-    main([str(data), '--classes', *CLASSES, '--fix', str(tmp_path / 'fixed')])
+    fix(data, tmp_path / 'fixed')
     seen = cv2.imread(str(image(tmp_path / 'fixed')))
     assert seen.shape[:2] == SIZE[::-1] and (seen == stored).all()
 
 
 def test_lists_of_one_class_lose_what_the_others_lose(data, tmp_path, capsys):
     image(data).unlink()
-    main([str(data), '--classes', *CLASSES, '--fix', str(tmp_path / 'fixed')])
+    fix(data, tmp_path / 'fixed')
     assert f'{len(CLASSES) * 2} lists of one class' in capsys.readouterr().out
     for stem in ('trainval', 'disc_trainval', 'star_trainval'):
         before, after = lines(data, stem), lines(tmp_path / 'fixed', stem)
@@ -598,8 +549,7 @@ def test_files_that_no_list_names_are_copied_as_they_are(data, tmp_path, capsys)
     (data / 'JPEGImages' / 'sub').mkdir()
     shutil.copy(image(data), data / 'JPEGImages' / 'sub' / 'more.png')
     (data / 'SegmentationClass').mkdir()
-    arguments = [str(data), '--classes', *CLASSES, '--fix', str(tmp_path / 'fixed')]
-    assert main(arguments) == 0
+    assert fix(data, tmp_path / 'fixed') == 0
     out = capsys.readouterr().out
     assert '3 files that no list names' in out
     assert 'SegmentationClass: not copied' in out
@@ -622,8 +572,7 @@ def test_images_in_folders(data):
 def test_links(data, tmp_path):
     box(50, 40, 10, 12)(data)
     fixed = tmp_path / 'fixed'
-    arguments = [str(data), '--classes', *CLASSES, '--fix', str(fixed), '--link']
-    assert main(arguments) == 0
+    assert fix(data, fixed, '--link') == 0
     assert image(fixed).is_symlink() and image(fixed).resolve() == image(data).resolve()
     assert not xml(fixed).is_symlink() and not xml(fixed, '000002').is_symlink()
 
@@ -631,8 +580,7 @@ def test_links(data, tmp_path):
 def test_only_the_named_lists(data, tmp_path, capsys):
     append('test', 'nowhere\n')(data)
     fixed = tmp_path / 'fixed'
-    arguments = [str(data), '--classes', *CLASSES, '--lists', 'trainval']
-    assert main([*arguments, '--fix', str(fixed)]) == 0
+    assert fix(data, fixed, '--lists', 'trainval') == 0
     assert 'ImageSets/Main/test.txt: not copied' in capsys.readouterr().out
     assert not text_of(fixed, 'test').exists()
 

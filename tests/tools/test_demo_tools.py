@@ -17,10 +17,9 @@ import torch
 from mmdet.evaluation import VOCMetric
 from mmengine.config import Config
 
-from tools.analysis_tools import plot_results
+from tools.analysis_tools import detections, plot_results
 from tools.dataset_tools import make_demo_voc
 from tools.dev import demo
-from tools.experiments import compare
 
 
 @pytest.fixture(scope='module')
@@ -88,7 +87,7 @@ def test_perfect_detections_have_ap_1(load, tmp_path):
 
 def test_kept_detections_load_like_the_dumped_ones(load, tmp_path):
     run = load(2.0, 'run')
-    compare._keep_detections(run, tmp_path / 'detections.npz')
+    detections.save_detections(run, tmp_path / 'detections.npz')
     kept = plot_results.load_run(RAMBO, tmp_path / 'detections.npz', 'run')
     assert len(kept.detections) == len(run.detections) > 0
     for found, expected in zip(kept.detections, run.detections):

@@ -18,7 +18,7 @@ from tools.dataset_tools.make_demo_voc import CLASSES, generate
 
 BCCD = 'bccd/faster-rcnn_mobilenetv2_fpn'
 CONFIGS = ROOT / 'configs'
-CE = CONFIGS / f'{BCCD}-tiny_ce_6e_bccd.py'
+CE = CONFIGS / f'{BCCD}_ce_6e_bccd.py'
 VOC = 'voc_subset/faster-rcnn_mobilenetv2_fpn'
 LINE = "custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)"
 
@@ -107,8 +107,7 @@ def test_mmdet_trains_the_demo(data, tmp_path):
     'base, more',
     [
         (f'{BCCD}_rambo_6e_bccd.py', ''),
-        (f'{BCCD}-tiny_rambo-bf16_6e_bccd.py', ''),
-        (f'{VOC}-tiny_rs-loss_4e_voc-subset.py', FOLDERS),
+        (f'{VOC}-tiny_rs-loss_12e_voc-subset.py', FOLDERS),
     ],
 )
 def test_mmdet_trains_on_ones_own_data(base, more, data, tmp_path):
@@ -119,7 +118,7 @@ def test_mmdet_trains_on_ones_own_data(base, more, data, tmp_path):
 
 @pytest.mark.slow
 def test_a_wrong_number_of_classes_stops_before_the_first_step(data, tmp_path):
-    config = own_data(data, tmp_path, f'{BCCD}-tiny_rambo_6e_bccd.py')
+    config = own_data(data, tmp_path, f'{BCCD}_rambo_6e_bccd.py')
     work, script = tmp_path / 'work', find_mmdet_script('train')
     result = train(script, config, work, CLASSES_AND_WEIGHTS[1])
     assert result.returncode == 1

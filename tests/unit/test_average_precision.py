@@ -32,21 +32,26 @@ score = st.one_of(
 
 @st.composite
 def problems(draw, max_rows=3, max_length=9):
-    """Scores, targets and a mask of shape (R, n), and λ."""
+    """Scores, targets and a mask of shape (R, n), and λ.
+
+    What the mask hides is NaN, and the memory may be that of the transposed matrices.
+    """
     rows = draw(st.integers(1, max_rows))
     length = draw(st.integers(1, max_length))
     many = rows * length
     values = draw(st.lists(score, min_size=many, max_size=many))
-    flags = st.lists(st.booleans(), min_size=many, max_size=many)
-    targets, mask = draw(flags), draw(st.one_of(flags, st.just([True] * many)))
+    # Drawn as one value, which takes a fraction of the time that a list of them takes.
+    flags = st.binary(min_size=many, max_size=many).map(lambda b: [x % 2 for x in b])
+    targets, mask = draw(flags), draw(st.one_of(flags, st.just([1] * many)))
     lambd = draw(st.floats(0.01, 100))
-    shape = (rows, length)
-    return (
-        torch.tensor(values).view(shape),
-        torch.tensor(targets).view(shape),
-        torch.tensor(mask).view(shape),
-        lambd,
+    scores, targets, mask = (
+        torch.tensor(part, dtype=kind).view(rows, length)
+        for part, kind in ((values, None), (targets, torch.bool), (mask, torch.bool))
     )
+    parts = scores.masked_fill(~mask, math.nan), targets, mask
+    if draw(st.booleans()):
+        parts = tuple(part.t().contiguous().t() for part in parts)
+    return (*parts, lambd)
 
 
 def sequences(scores, targets, mask):
@@ -116,45 +121,40 @@ def test_loss_and_gradient_are_algorithm_1(problem, dtype, perturb, to_the_top, 
     )
 
 
-@settings(max_examples=500, deadline=None)
-@given(problem=problems(max_rows=1, max_length=12), solver=st.sampled_from(SOLVERS))
-def test_unit_gradient_form_equals_the_literal_composition(problem, solver):
+@settings(max_examples=300, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    length=st.one_of(st.integers(1, 12), st.integers(200, 1500)),
+    share=st.sampled_from([0.02, 0.2, 0.9]),
+    digits=st.sampled_from([1, 2, 15]),
+    spread=st.sampled_from([1.0, 1e-3, 1e6]),
+    lambd=st.sampled_from([0.05, 1.0, 30.0]),
+    solver=st.sampled_from(SOLVERS),
+)
+def test_unit_gradient_form_equals_the_literal_composition(
+    seed, length, share, digits, spread, lambd, solver
+):
     """The same loss composed from blackbox_rank, the positives' ranks constant.
 
-    blackbox_rank breaks ties by index, so the negatives are put first.
+    blackbox_rank breaks ties by index, so the negatives are first. Few digits make
+    ties; outliers make bins uneven.
     """
-    scores, targets, _, lambd = problem
-    values, flags = scores[0].tolist(), targets[0].int().tolist()
-    assume(any(flags))
-    assume(not oracle.rounding_decides(values, flags, lambd, 1e-12))
-    order = torch.argsort(targets[0].int(), stable=True)
-    literal = scores[0, order].double().requires_grad_()
-    positive = targets[0, order]
-    among = rank(literal.detach()[positive]).double()
-    precision = among / literal.numel() / blackbox_rank(literal, lambd)[positive]
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(length, generator=generator, dtype=torch.float64)
+    scores = scores.round(decimals=digits)
+    scores[torch.rand(length, generator=generator) < 0.02] *= spread
+    number = max(1, round(share * length))
+    positive = torch.arange(length) >= length - number
+    literal = scores.clone().requires_grad_()
+    among = rank(scores[positive]).double()
+    precision = among / length / blackbox_rank(literal, lambd)[positive]
     loss = 1 - precision.mean()
     loss.backward()
-
-    ours = scores[:, order].double().requires_grad_()
+    ours = scores[None].clone().requires_grad_()
     result = ap_loss(ours, positive[None], lambd=lambd, solver=solver)
     result.sum().backward()
     torch.testing.assert_close(result[0], loss.detach(), rtol=0, atol=1e-12)
     torch.testing.assert_close(ours.grad[0], literal.grad, rtol=1e-9, atol=1e-12)
-
-
-def test_a_weight_scales_unlike_in_the_literal_form():
-    """Ours at weight w is w times the gradient; the literal form moves λ instead."""
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(1, 50, dtype=torch.float64, generator=generator)
-    targets = torch.arange(50)[None] % 7 == 0
-
-    def gradient(factor, lambd):
-        leaf = scores.clone().requires_grad_()
-        (factor * ap_loss(leaf, targets, lambd=lambd).sum()).backward()
-        return leaf.grad
-
-    assert gradient(1.0, 5.0).abs().sum() > 0
-    torch.testing.assert_close(gradient(65536.0, 5.0), 65536.0 * gradient(1.0, 5.0))
 
 
 @pytest.mark.parametrize('solver', SOLVERS)
@@ -234,68 +234,7 @@ def test_a_million_positives_are_summed_exactly(dtype, solver):
     assert abs(loss.item() - (1 - exact)) <= tolerance
 
 
-@pytest.mark.parametrize('solver', SOLVERS)
-def test_rows_without_positives_have_no_gradient(solver):
-    scores = torch.randn(3, 8, requires_grad=True)
-    targets = torch.zeros(3, 8)
-    targets[1, 5] = 1
-    loss = ap_loss(scores, targets, lambd=100.0, solver=solver)
-    loss.sum().backward()
-    assert loss[0] == 0 and loss[2] == 0
-    assert scores.grad[[0, 2]].abs().sum() == 0
-
-
-@pytest.mark.parametrize('solver', SOLVERS)
-def test_masked_entries_do_not_exist(solver):
-    """Removing them gives the same; they may hold NaN."""
-    generator = torch.Generator().manual_seed(3)
-    scores = torch.randn(1, 40, generator=generator, dtype=torch.float64)
-    targets = torch.rand(1, 40, generator=generator) < 0.3
-    mask = torch.rand(1, 40, generator=generator) < 0.6
-    holed = scores.masked_fill(~mask, math.nan).requires_grad_()
-    short = scores[mask][None].clone().requires_grad_()
-    a = ap_loss(holed, targets, lambd=3.0, mask=mask, solver=solver)
-    b = ap_loss(short, targets[mask][None], lambd=3.0, solver=solver)
-    a.sum().backward()
-    b.sum().backward()
-    assert a.item() == b.item()
-    assert torch.equal(holed.grad[mask], short.grad[0])
-    assert holed.grad[~mask].abs().sum() == 0
-    torch.testing.assert_close(
-        average_precision(holed.detach(), targets, mask, solver=solver), 1 - a.detach()
-    )
-
-
-@pytest.mark.parametrize('solver', SOLVERS)
-def test_non_contiguous_input(solver):
-    scores = torch.randn(20, 3, dtype=torch.float64)
-    targets = torch.rand(20, 3) < 0.3
-    strided = scores.clone().requires_grad_()
-    plain = scores.t().contiguous().requires_grad_()
-    a = ap_loss(strided.t(), targets.t(), lambd=2.0, solver=solver)
-    b = ap_loss(plain, targets.t().contiguous(), lambd=2.0, solver=solver)
-    a.sum().backward()
-    b.sum().backward()
-    assert torch.equal(a, b)
-    assert torch.equal(strided.grad, plain.grad.t())
-
-
 # The margin
-
-
-@given(
-    margin=st.floats(0, 10, allow_subnormal=False),
-    values=st.lists(st.floats(-5, 5), min_size=1, max_size=6),
-    data=st.data(),
-)
-def test_fixed_margin(margin, values, data):
-    n = len(values)
-    flags = data.draw(st.lists(st.booleans(), min_size=n, max_size=n))
-    result = apply_margin(
-        torch.tensor(values, dtype=torch.float64), torch.tensor(flags), margin
-    )
-    expected = [v - margin / 2 if f else v + margin / 2 for v, f in zip(values, flags)]
-    assert result.tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
@@ -314,22 +253,6 @@ def test_margin_is_its_formula_bit_for_bit(margin, noise, dtype):
     for same in (scores, scores.t().contiguous().t()):
         seed = torch.Generator().manual_seed(1)
         assert torch.equal(apply_margin(same, targets, margin, noise, seed), expected)
-
-
-def test_random_margin_is_half_normal():
-    targets = torch.arange(200_000) % 2
-    generator = torch.Generator().manual_seed(0)
-    shift = apply_margin(
-        torch.zeros(200_000), targets, 2.0, noise=True, generator=generator
-    )
-    assert (shift[targets == 1] <= 0).all() and (shift[targets == 0] >= 0).all()
-    size = shift.abs()
-    assert size.mean().item() == pytest.approx(math.sqrt(2 / math.pi), rel=0.01)
-    assert size.std().item() == pytest.approx(math.sqrt(1 - 2 / math.pi), rel=0.01)
-    again = apply_margin(
-        torch.zeros(200_000), targets, 2.0, True, torch.Generator().manual_seed(0)
-    )
-    assert torch.equal(shift, again)
 
 
 @pytest.mark.parametrize('solver', SOLVERS)
@@ -476,73 +399,6 @@ def test_a_part_of_the_rows_is_ranked_as_if_alone(
     torch.testing.assert_close(inside.grad, outside.grad, rtol=1e-12, atol=1e-12)
 
 
-def pairwise(scores, targets, lambd):
-    """The oracle for one longer sequence: all pairs at once, (n,) tensors."""
-
-    def rank_among(values, others):
-        index = torch.arange(len(values))
-        tie = values[None] == values[:, None]
-        first = (targets[None] < targets[:, None]) | (
-            (targets[None] == targets[:, None]) & (index[None] < index[:, None])
-        )
-        before = (values[None] > values[:, None]) | (tie & first)
-        return 1 + (before & others[None]).sum(1)
-
-    n, num_pos = len(scores), targets.sum()
-    everyone = torch.ones_like(targets)
-    rk, rkp = rank_among(scores, everyone), rank_among(scores, targets)
-    rise = torch.where(targets, lambd * n * rkp / (num_pos * rk.double() ** 2), 0.0)
-    after = rank_among(scores + rise, everyone)
-    return 1 - (rkp.double() / rk)[targets].mean(), (after - rk).double() / (n * lambd)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    seed=st.integers(0, 10**6),
-    rows=st.integers(20, 300),
-    columns=st.integers(1, 5),
-    share=st.sampled_from([0.02, 0.2, 0.9]),
-    digits=st.sampled_from([1, 2, 15]),
-    spread=st.sampled_from([1.0, 1e-3, 1e6]),
-    lambd=st.sampled_from([0.05, 1.0, 30.0]),
-    per_class=st.booleans(),
-    solver=st.sampled_from(SOLVERS),
-)
-def test_longer_sequences(
-    seed, rows, columns, share, digits, spread, lambd, per_class, solver
-):
-    """Long enough for the bins; few digits make ties, outliers make them uneven."""
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
-    scores = scores.round(decimals=digits)
-    scores[torch.rand(rows, columns, generator=generator) < 0.02] *= spread
-    labels = torch.randint(0, columns, (rows,), generator=generator)
-    labels[torch.rand(rows, generator=generator) > share] = columns
-    labels[torch.rand(rows, generator=generator) < 0.05] = -1
-    scores.requires_grad_()
-    ((losses, present),) = detection_ap_loss(
-        scores, labels, [Ranking(lambd, per_class)], solver=solver
-    )
-    losses.sum().backward()
-    kept = labels >= 0
-    expected = torch.zeros(rows, columns, dtype=torch.float64)
-    one_hot = labels[:, None] == torch.arange(columns)
-    parts = [[c] for c in range(columns)] if per_class else [list(range(columns))]
-    for number, part in enumerate(parts):
-        targets = one_hot[kept][:, part].reshape(-1)
-        assert bool(present[number]) == bool(targets.any())
-        if not targets.any():
-            assert losses[number] == 0
-            continue
-        values = scores.detach()[kept][:, part].reshape(-1)
-        loss, gradient = pairwise(values, targets, lambd)
-        torch.testing.assert_close(losses[number].detach(), loss, rtol=0, atol=1e-12)
-        view = torch.zeros(int(kept.sum()), columns, dtype=torch.float64)
-        view[:, part] = gradient.view(-1, len(part))
-        expected[kept] += view
-    torch.testing.assert_close(scores.grad, expected, rtol=1e-12, atol=1e-12)
-
-
 @settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
@@ -571,86 +427,6 @@ def test_fixed_margin_inside_is_the_one_applied_before(
     assert torch.equal(inside.grad, before.grad)
 
 
-# The sort solver, where the definitions are too slow
-
-
-def both(scores, labels, rankings, **kwargs):
-    """Losses, presence and gradient of both solvers."""
-    found = []
-    for solver in SOLVERS:
-        leaf = scores.clone().requires_grad_()
-        results = detection_ap_loss(leaf, labels, rankings, solver=solver, **kwargs)
-        parts = [losses for losses, _ in results]
-        total = sum((p * torch.linspace(0.5, 2, len(p))).sum() for p in parts)
-        total.backward()
-        present = [present for _, present in results]
-        found.append([*(p.detach() for p in parts), *present, leaf.grad])
-    return found
-
-
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    'perturb, lambds',
-    [
-        ('together', (3.0, 20.0)),
-        ('singly', (0.5, 0.1)),
-        ('singly', (0.5, math.inf)),
-        ('singly', (math.inf, math.inf)),
-    ],
-)
-@pytest.mark.parametrize('digits', [1, 6])
-def test_both_solvers_agree_on_many_entries(digits, perturb, lambds, dtype):
-    """On a grid, moved scores tie often, and with float32 in the same places."""
-    rows, columns = 20_000, 10
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(rows, columns, generator=generator).to(dtype)
-    scores = scores.round(decimals=digits)
-    scores[:50], scores[50:100] = math.inf, -math.inf
-    labels = torch.randint(-1, 3 * columns, (rows,), generator=generator)
-    labels.clamp_(max=columns - 1 if digits == 1 else columns)
-    images = torch.randint(0, 3, (rows,), generator=generator)
-    rankings = [
-        Ranking(lambds[0], True),
-        Ranking(lambds[1], False, images[5000:], 4, rows - 5000, 5000),
-    ]
-    search, sort = both(scores, labels, rankings, perturb=perturb)
-    exact = dtype == torch.float64
-    for a, b in zip(search, sort):
-        assert a.dtype == b.dtype
-        # What the search adds up in float32 differs in the last digits.
-        kwargs = dict(rtol=1e-9, atol=1e-12) if exact else dict(rtol=2e-5, atol=1e-8)
-        torch.testing.assert_close(b, a, **kwargs)
-
-
-def test_without_rows_the_sort_solver_ranks_nothing():
-    scores = torch.zeros(0, 3, requires_grad=True)
-    labels, index = torch.zeros(0).long(), torch.zeros(0).long()
-    rankings = [Ranking(1.0, True), Ranking(math.inf, False, index, 2)]
-    search, sort = both(scores.detach(), labels, rankings, perturb='singly')
-    assert all(torch.equal(a, b) for a, b in zip(search, sort))
-    for function in (average_precision, functools.partial(ap_loss, lambd=1.0)):
-        nothing = torch.zeros(0, 3, requires_grad=True)
-        assert function(nothing, torch.zeros(0, 3), solver='sort').shape == (0,)
-
-
-@pytest.mark.parametrize('perturb', sorted(ORACLES))
-def test_the_sort_solver_bears_nan_that_nobody_looked_for(perturb):
-    scores = torch.randn(6, 50)
-    scores[:, ::7], scores[:, 1::7] = math.nan, -math.nan
-    for dtype in (torch.float32, torch.float64):
-        leaf = scores.to(dtype).requires_grad_()
-        loss = ap_loss(
-            leaf,
-            torch.rand(6, 50) < 0.3,
-            lambd=1.0,
-            perturb=perturb,
-            check_nan=False,
-            solver='sort',
-        )
-        loss.sum().backward()
-        assert loss.shape == (6,)
-
-
 def test_one_of_several_losses_has_a_gradient():
     scores = torch.randn(8, 3, requires_grad=True)
     labels = torch.arange(8) % 4
@@ -663,24 +439,12 @@ def test_one_of_several_losses_has_a_gradient():
         torch.testing.assert_close(gradient, expected)
 
 
-def test_compiled_modules_can_use_the_loss():
-    scores = torch.randn(2, 30, requires_grad=True)
-    targets = torch.arange(60).view(2, 30) % 4 == 0
-
-    def total(values):
-        return ap_loss(values * 2, targets, lambd=2.0).sum()
-
-    compiled = torch.compile(total, backend='eager')
-    compiled(scores).backward()
-    again = scores.detach().clone().requires_grad_()
-    total(again).backward()
-    assert torch.equal(scores.grad, again.grad)
-
-
 # Errors
 
 
-@pytest.mark.parametrize('function', [average_precision, ap_loss])
+NAN = torch.full((1, 2), math.nan)
+
+
 @pytest.mark.parametrize(
     'arguments, error, match',
     [
@@ -689,20 +453,20 @@ def test_compiled_modules_can_use_the_loss():
         ((torch.ones(1, 3), [[1, 0, 0]]), TypeError, 'targets must be a torch.Tensor'),
         ((torch.ones(1, 3), torch.ones(1, 2)), ValueError, r'targets.*\(1, 3\).*1, 2'),
         ((torch.ones(1, 3).long(), torch.ones(1, 3)), TypeError, 'torch.int64'),
-        ((torch.full((1, 2), math.nan), torch.ones(1, 2)), ValueError, 'NaN'),
+        ((NAN, torch.ones(1, 2)), ValueError, 'NaN'),
+        (
+            (torch.ones(1, 3), torch.ones(1, 3), torch.ones(3)),
+            ValueError,
+            r'mask must have the shape.*\(1, 3\)',
+        ),
     ],
 )
-def test_bad_arguments(function, arguments, error, match):
-    kwargs = dict(lambd=1.0) if function is ap_loss else {}
-    with pytest.raises(error, match=match):
-        function(*arguments, **kwargs)
-
-
-@pytest.mark.parametrize('function', [average_precision, ap_loss])
-def test_bad_mask(function):
-    kwargs = dict(lambd=1.0) if function is ap_loss else {}
-    with pytest.raises(ValueError, match=r'mask must have the shape.*\(1, 3\)'):
-        function(torch.ones(1, 3), torch.ones(1, 3), mask=torch.ones(3), **kwargs)
+def test_bad_arguments(arguments, error, match):
+    scores, targets, *mask = arguments
+    kwargs = dict(mask=mask[0]) if mask else {}
+    for function in (average_precision, functools.partial(ap_loss, lambd=1.0)):
+        with pytest.raises(error, match=match):
+            function(scores, targets, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -720,15 +484,14 @@ def test_bad_settings(kwargs, match):
         ap_loss(torch.ones(1, 3), torch.ones(1, 3), **kwargs)
 
 
-def test_more_sequences_than_keys_can_hold():
-    scores, labels = torch.ones(2, 1), torch.tensor([0, 1])
-    ranking = Ranking(1.0, False, torch.tensor([0, 1]), 2**29)
-    with pytest.raises(ValueError, match=r'sort.*536870912 sequences at once, got'):
-        detection_ap_loss(scores, labels, [ranking], solver='sort')
-
-
-def test_nan_check_can_be_switched_off():
-    scores = torch.tensor([[math.nan, 1.0]])
-    targets = torch.tensor([[0, 1]])
-    assert ap_loss(scores, targets, lambd=1.0, check_nan=False).shape == (1,)
-    assert average_precision(scores, targets, check_nan=False).shape == (1,)
+@pytest.mark.parametrize('perturb', sorted(ORACLES))
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_nan_that_nobody_looked_for(perturb, dtype):
+    """The check can be switched off, and then the sort solver bears it."""
+    scores, targets = torch.randn(6, 50, dtype=dtype), torch.rand(6, 50) < 0.3
+    scores[:, ::7], scores[:, 1::7] = math.nan, -math.nan
+    leaf, unchecked = scores.requires_grad_(), dict(check_nan=False)
+    kwargs = dict(lambd=1.0, perturb=perturb, **unchecked)
+    ap_loss(leaf, targets, solver='sort', **kwargs).sum().backward()
+    assert ap_loss(NAN, torch.ones(1, 2), **kwargs).shape == (1,)
+    assert average_precision(leaf.detach(), targets, **unchecked).shape == (6,)

@@ -5,14 +5,11 @@ import torch
 
 pytest.importorskip('mmdet', reason='the heads are registered in mmdet')
 from mmdet.registry import MODELS
-from mmdet.testing import demo_mm_inputs
-from mmdet.utils import register_all_modules
-from mmengine.config import Config
 
 import rambo_det
 from rambo_det import RaMBOLoss
+from tests.helpers import detectors
 
-register_all_modules()
 HEADS = ['Shared2FCBBoxHead', 'Shared4Conv1FCBBoxHead', 'ConvFCBBoxHead']
 IMAGES = dict(weight=1.0, span='image')
 
@@ -111,59 +108,27 @@ def test_an_image_without_proposals_costs_nothing():
     assert head.loss(*full)['loss_cls'] == head.loss(*holed)['loss_cls']
 
 
-def tiny_faster_rcnn(head='RaMBOShared2FCBBoxHead', **loss_cls):
-    """Build the VOC baseline with RaMBO, shrunken so that a step takes no time."""
-    cfg = Config.fromfile(
-        'configs/pascal_voc/faster-rcnn_r50_fpn_rambo_1x_voc0712.py'
-    ).model
-    cfg.backbone = dict(
-        type='ResNet',
-        depth=18,
-        base_channels=8,
-        stem_channels=8,
-        num_stages=4,
-        out_indices=(0, 1, 2, 3),
-    )
-    cfg.neck.update(in_channels=[8, 16, 32, 64], out_channels=16)
-    cfg.rpn_head.update(in_channels=16, feat_channels=16)
-    cfg.roi_head.bbox_roi_extractor.out_channels = 16
-    cfg.roi_head.bbox_head.update(in_channels=16, fc_out_channels=32, type=head)
-    if '4Conv' in head:
-        cfg.roi_head.bbox_head.conv_out_channels = 16
-    cfg.roi_head.bbox_head.loss_cls = dict(type='RaMBOLoss', **loss_cls)
-    return MODELS.build(cfg)
-
-
 @pytest.mark.parametrize(
-    'head, loss_cls',
+    'kind, loss_cls',
     [
         ('RaMBOShared2FCBBoxHead', {}),
         ('RaMBOShared4Conv1FCBBoxHead', dict(scores='sigmoid')),
         ('Shared2FCBBoxHead', dict(scores='softmax', use_sigmoid=False)),
     ],
 )
-def test_detector_trains_and_predicts(head, loss_cls):
-    torch.manual_seed(0)
-    model = tiny_faster_rcnn(head, class_ap=dict(span='memory'), **loss_cls)
-    data = demo_mm_inputs(2, [[3, 64, 96], [3, 80, 64]], num_classes=20)
-    batch = model.data_preprocessor(data, True)
-    for _ in range(2):  # the second step reads the memory
-        losses = model.loss(batch['inputs'], batch['data_samples'])
-        total, logs = model.parse_losses(losses)
-        total.backward()
-        assert all(torch.isfinite(torch.as_tensor(value)) for value in logs.values())
-        assert {'loss_cls', 'class_ap', 'pooled_ap'} <= set(logs)
-    assert model.roi_head.bbox_head.fc_cls.weight.grad.abs().sum() > 0
-    state = model.roi_head.bbox_head.loss_cls.get_extra_state()
-    assert len(state['scores']) == 2
+def test_detector_trains_and_predicts(kind, loss_cls):
+    def change(cfg):
+        head = cfg.roi_head.bbox_head
+        head.type = kind
+        head.loss_cls.update(class_ap=dict(span='memory'), **loss_cls)
+        if '4Conv' in kind:
+            head.conv_out_channels = 16
 
-    model.eval()
-    with torch.no_grad():
-        results = model.predict(batch['inputs'], batch['data_samples'])
-    for result in results:
-        labels = result.pred_instances.labels
-        assert ((labels >= 0) & (labels < 20)).all()
-    assert len(model.roi_head.bbox_head.loss_cls.get_extra_state()['scores']) == 2
+    model = detectors.build('faster-rcnn_r50_fpn_rambo_1x_voc0712', change)
+    head = model.roi_head.bbox_head
+    detectors.train_and_predict(model, steps=2)  # the second step reads the memory
+    assert head.fc_cls.weight.grad.abs().sum() > 0
+    assert len(head.loss_cls.get_extra_state()['scores']) == 2
 
 
 def test_no_attribute_that_the_class_check_of_mmdet_reads():

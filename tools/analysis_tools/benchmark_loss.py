@@ -44,7 +44,7 @@ from torch.autograd import DeviceType
 from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from tools.analysis_tools import benchmark_report
+from tools.analysis_tools import benchmark_report, benchmark_rivals
 from tools.analysis_tools.benchmark_report import (
     AP,
     FOCAL,
@@ -58,14 +58,19 @@ from tools.analysis_tools.benchmark_report import (
 
 HAS_MMDET = find_spec('mmdet') is not None
 if not HAS_MMDET:
-    # The loss takes no more than the registry from mmdet, and a machine with a GPU may
-    # have PyTorch alone. The package itself must have seen that mmdet is missing.
-    import rambo_det.baselines  # noqa: F401
+    # The losses take no more than the registry and FocalLoss from mmdet, and a machine
+    # with a GPU may have PyTorch alone. The package itself must have seen that mmdet is
+    # missing.
+    import rambo_det  # noqa: F401
 
     registry = ModuleType('mmdet.registry')
     registry.MODELS = SimpleNamespace(register_module=lambda: lambda cls: cls)
-    sys.modules.update({'mmdet': ModuleType('mmdet'), registry.__name__: registry})
-from rambo_det import baselines  # noqa: E402
+    losses = ModuleType('mmdet.models.losses')
+    losses.FocalLoss = torch.nn.Module
+    names = ('mmdet', 'mmdet.models')
+    sys.modules.update({name: ModuleType(name) for name in names})
+    sys.modules.update({part.__name__: part for part in (registry, losses)})
+from rambo_det.functional import peers  # noqa: E402
 from rambo_det.losses.rambo_loss import RaMBOLoss  # noqa: E402
 
 CASES = {  # rows, classes, positives
@@ -133,7 +138,7 @@ class Problem:
 
     @cached_property
     def positives(self) -> Tensor:
-        return baselines.positive_index(self.logits, self.labels)
+        return peers.positive_index(self.logits, self.labels)
 
     @cached_property
     def quality(self) -> Tensor:
@@ -141,13 +146,6 @@ class Problem:
         generator = torch.Generator().manual_seed(1)
         quality = torch.rand(len(self.positives), generator=generator) / 2 + 0.5
         return quality.to(self.logits.device)
-
-    @cached_property
-    def pairs(self) -> float:
-        """What AP Loss' loop works through; 20,000 stand for the calls of one step."""
-        flat = self.logits.detach().reshape(-1)
-        relevant = int((flat >= flat[self.positives].min() - 1).sum())
-        return len(self.positives) * (relevant + 20_000.0)
 
 
 @dataclass
@@ -185,7 +183,7 @@ class Rival:
 def make_rivals(problem: Problem, past: bool = False) -> list[Rival]:
     """All rivals on one problem; ``past`` adds our loss with a memory."""
     logits, labels, n = problem.logits, problem.labels, float(problem.logits.numel())
-    quality, padded, count = problem.quality, problem.padded, len(problem.positives)
+    quality, padded = problem.quality, problem.padded
 
     def sort() -> None:
         torch.sort(logits.detach().reshape(-1))
@@ -222,18 +220,23 @@ def make_rivals(problem: Problem, past: bool = False) -> list[Rival]:
         from mmdet.models.losses import FocalLoss
 
         rivals.append(rival(FOCAL, FocalLoss()))
-    pairs, matrix = problem.pairs, n + count**2 / 8
     cells = n + problem.logits.size(1) * 200.0**2
+    pairs = (
+        n + len(quality) ** 2 / 8
+    )  # of positives; those with negatives are summed up
     return [
         *rivals,
-        rival('literal form, 12 argsorts', baselines.literal_loss),
-        rival(AP, baselines.ap_loss, work=pairs),
-        rival(RS, baselines.rank_sort_loss, quality, work=pairs),
-        rival('Bucketed AP Loss', baselines.bucketed_ap_loss, work=matrix),
+        rival('literal form, 12 argsorts', benchmark_rivals.literal_loss),
+        rival(AP, peers.ap_loss),
+        rival(RS, peers.rank_sort_loss, quality, work=pairs),
+        rival('Bucketed AP Loss', peers.bucketed_ap_loss),
+        rival('Bucketed RS Loss', peers.bucketed_rank_sort_loss, quality, work=pairs),
         rival(
-            'Bucketed RS Loss', baselines.bucketed_rank_sort_loss, quality, work=matrix
+            'mAPLoss histogram',
+            benchmark_rivals.map_histogram_loss,
+            quality,
+            work=cells,
         ),
-        rival('mAPLoss histogram', baselines.map_histogram_loss, quality, work=cells),
     ]
 
 

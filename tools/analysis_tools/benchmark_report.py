@@ -163,9 +163,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(13, 6.2))
+    figure, axes = plt.subplots(1, 2, figsize=(13, 6.2), layout='constrained')
     for axis, (key, points) in zip(axes, report['sweeps'].items()):
-        ends = []
         for number, name in enumerate(points[0]['rivals']):
             found = [
                 [sweep_size(point, key), *(1e3 * result[q] for q in QUARTILES)]
@@ -175,28 +174,22 @@ def plot(report: dict[str, Any], path: Path) -> None:
             if not found:
                 continue
             x, median, low, high = np.array(found).T
-            color = 'black' if name == OURS else f'C{number}'
-            axis.errorbar(
-                x,
-                median,
-                yerr=(median - low, high - median),
-                color=color,
-                linestyle='--' if name == SORT else '-',
-                linewidth=2.6 if name == OURS else 1.5,
-                marker='osD^vP*X'[number % 8],
-                markersize=5,
-                capsize=2,
-            )
-            ends.append((np.log10(median[-1]), x[-1], name, color))
+            style = dict(linewidth=1.5, color=f'C{number}', capsize=2, markersize=5)
+            if name in (OURS, SORT):
+                style.update(linewidth=2.6, color='black')
+            style['linestyle'] = '--' if name == SORT else '-'
+            error = median - low, high - median
+            mark = 'osD^vP*X'[number % 8]
+            axis.errorbar(x, median, error, label=name, marker=mark, **style)
         axis.set(xscale='log', yscale='log')
         axis.grid(which='major', alpha=0.4)
         axis.grid(which='minor', alpha=0.12)
-        label_ends(axis, sorted(ends), max(sweep_size(point, key) for point in points))
     first = {key: points[0] for key, points in report['sweeps'].items()}
     logits = sweep_size(first['p'], 'n')
     axes[0].set_xlabel(f'logits, n (20 classes, {first["n"]["positives"]} positives)')
     axes[1].set_xlabel(f'positives, P (n = {logits:,}, 20 classes)')
     axes[0].set_ylabel('forward + backward, ms (torch.sort: forward)')
+    axes[0].legend(fontsize=9)
     env = report['environment']
     where = f'threads: {env["threads"]}' if env['device'] == 'cpu' else env['gpu']
     figure.suptitle(
@@ -205,35 +198,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
         f'take more than {report["limit"]:g} s)',
         fontsize=11,
     )
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def label_ends(axis: Any, ends: list[tuple[float, float, str, str]], x: float) -> None:
-    """Name each line at the right, or where it ends early, so that no names meet."""
-    low, high = np.log10(axis.get_ylim())
-    gap, at_right = (high - low) / 25, [end for end in ends if end[1] == x]
-    places = {end[2]: end[0] for end in ends}
-    below = -np.inf
-    for end in at_right:
-        below = places[end[2]] = max(end[0], below + gap)
-    above = high + gap
-    for end in reversed(at_right):
-        above = places[end[2]] = min(places[end[2]], above - gap)
-    for end, end_x, name, color in ends:
-        axis.annotate(
-            name.split(',')[0],
-            (end_x, 10**end),
-            (1.7 * end_x, 10 ** places[name]),
-            color=color,
-            va='center',
-            fontsize=9,
-            weight='bold' if name == OURS else None,
-            bbox=dict(color='white', alpha=0.8, pad=0.5),
-            arrowprops=dict(arrowstyle='-', color=color, alpha=0.5, relpos=(0, 0.5)),
-            annotation_clip=False,
-        )
 
 
 def environment_line(env: dict[str, Any]) -> str:

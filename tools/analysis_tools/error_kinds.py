@@ -4,8 +4,8 @@
     python tools/analysis_tools/error_kinds.py --table OUT.json
 
 PREDICTIONS is the file of ``tools/test.py --out`` or a ``detections.npz`` of
-tools/experiments/compare.py; both, and --name, may be given several times. A detection
-that is counted as false is of the first kind that fits:
+tools/experiments/converged.py. A pair, and --name, may be given several times. A
+detection that is counted as false is of the first kind that fits:
 
 - duplicate: it lies on an object of its class (IoU >= 0.5) that a better one has found;
 - class: it lies on an object of another class;
@@ -27,7 +27,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Callable
 
 if not __package__:  # run as a script: its modules are those of the checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -35,8 +35,7 @@ if not __package__:  # run as a script: its modules are those of the checkout
 import numpy as np
 from mmdet.evaluation.functional.bbox_overlaps import bbox_overlaps
 
-from tools.analysis_tools.matched_ap import MISS, Matches, class_ap, match, mean_ap
-from tools.analysis_tools.plot_results import Run, load_run
+from tools.analysis_tools.detections import MISS, Run, load_run
 from tools.common.atomic_file import atomic_file
 from tools.common.markdown_table import markdown_table
 
@@ -44,68 +43,51 @@ KINDS = ('duplicate', 'class', 'place', 'background', 'other')
 HIT_IOU, NEAR_IOU = 0.5, 0.1
 
 
-def best_overlaps(run: Run) -> dict[str, list[np.ndarray]]:
-    """Return each detection's best IoU with objects of its class and of any.
+def kinds_of(run: Run) -> list[list[np.ndarray]]:
+    """Return each detection's kind, an index into ``KINDS`` or -1 for no error.
 
     Returns:
-        By 'own' and 'any' a list with an array (images, classes) of arrays.
+        Of each image and class an array.
     """
-    found: dict[str, list[Any]] = dict(own=[], any=[])
-    for truth, by_class in zip(run.truth, run.detections):
+    found = []
+    for truth, image, flags in zip(run.truth, run.detections, run.flags):
         boxes = np.vstack([truth['bboxes'], truth['bboxes_ignore']])
         labels = np.concatenate([truth['labels'], truth['labels_ignore']])
-        own, every = [], []
-        for label, rows in enumerate(by_class):
+        kinds = []
+        for label, (rows, flag) in enumerate(zip(image, flags)):
             overlaps = np.zeros((len(rows), len(boxes) + 1), dtype=np.float32)
             if len(boxes) and len(rows):
                 overlaps[:, 1:] = bbox_overlaps(
                     rows[:, :4], boxes, use_legacy_coordinate=True
                 )
-            every.append(overlaps.max(1))
+            every = overlaps.max(1)
             overlaps[:, 1:][:, labels != label] = 0
-            own.append(overlaps.max(1))
-        found['own'].append(own)
-        found['any'].append(every)
+            own = overlaps.max(1)
+            kind = np.select(
+                [own >= HIT_IOU, every >= HIT_IOU, own >= NEAR_IOU, every < NEAR_IOU],
+                [0, 1, 2, 3],
+                4,
+            )
+            kinds.append(np.where(flag == MISS, kind, -1))
+        found.append(kinds)
     return found
-
-
-def _in_order(run: Run, matches: Matches, values: list[Any]) -> np.ndarray:
-    """Put values of the detections in the order of the matches."""
-    result = []
-    for label, part in enumerate(matches.by_class()):
-        scores = [found[label][:, 4] for found in run.detections]
-        if part.stop > part.start:
-            order = np.argsort(-np.concatenate(scores))
-            result.append(np.concatenate([v[label] for v in values])[order])
-    return np.concatenate(result) if result else np.zeros(0)
-
-
-def kinds_of(run: Run, matches: Matches) -> np.ndarray:
-    """Return the kind of each detection as an index into ``KINDS``, -1 for no error."""
-    overlaps = best_overlaps(run)
-    own, every = (_in_order(run, matches, overlaps[name]) for name in ('own', 'any'))
-    kind = np.select(
-        [own >= HIT_IOU, every >= HIT_IOU, own >= NEAR_IOU, every < NEAR_IOU],
-        [0, 1, 2, 3],
-        4,
-    )
-    return np.where(matches.flags == MISS, kind, -1)
 
 
 def analyse(run: Run) -> dict[str, float]:
     """Return AP50 in percent: as it is, without each kind of error and without any."""
-    matches = match(run)
-    kind = kinds_of(run, matches)
+    kinds = kinds_of(run)
 
-    def ap50(keep: np.ndarray) -> float:
-        columns = ('labels', 'images', 'flags')
-        left = replace(matches, **{c: getattr(matches, c)[keep] for c in columns})
-        return round(100 * float(mean_ap(class_ap(left))[0]), 2)
+    def ap50(keep: Callable[[np.ndarray], np.ndarray]) -> float:
+        detections = [
+            [rows[keep(kind)] for rows, kind in zip(*image)]
+            for image in zip(run.detections, kinds)
+        ]
+        return round(100 * replace(run, detections=detections).mean_ap, 2)
 
-    result = dict(ap50=ap50(kind >= -1))
+    result = dict(ap50=round(100 * run.mean_ap, 2))
     for index, name in enumerate(KINDS):
-        result[name] = ap50(kind != index)
-    result['all'] = ap50(kind < 0)
+        result[name] = ap50(lambda kind, index=index: kind != index)
+    result['all'] = ap50(lambda kind: kind < 0)
     result['any class'] = round(100 * _recall(run), 2)
     return result
 

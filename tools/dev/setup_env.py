@@ -2,11 +2,11 @@
 """Make the virtual environment of one stack from the pins in ``requirements/``.
 
 ``--stack mmdet`` makes ``.venv``, ``--stack onedl`` makes ``.venv-onedl``. mmcv's
-compiled ops are published as source only: the first set-up compiles them (about 10
-minutes on 2 cores) and keeps the wheel in ``${XDG_CACHE_HOME:-~/.cache}/rambo_det``
-for every later environment. A finished environment carries a stamp, and running again
-returns at once. Changed pins update it, an unfinished one is made anew: it is safe to
-interrupt this program anywhere.
+compiled ops are published as source only: the first set-up compiles them and keeps the
+wheel in ``${XDG_CACHE_HOME:-~/.cache}/rambo_det`` for every later environment. A
+finished environment carries a stamp, and running again returns at once; an unfinished
+one, or one whose pins have changed, is made anew. It is safe to interrupt this program
+anywhere.
 
 Exit status: 0 ready, 1 a step failed, 2 something is missing, 130 interrupted.
 
@@ -28,11 +28,10 @@ import subprocess
 import sys
 import sysconfig
 import time
-import zipfile
 from pathlib import Path
-from typing import Any, Iterator, List, Optional, Sequence
+from typing import Any, Iterator, Optional, Sequence
 
-VERSION = 1  # raise it to have every environment made anew
+VERSION = 2  # raise it to have every environment made anew
 PYTHON = (3, 11)
 PY = '.'.join(map(str, PYTHON))
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,15 +40,35 @@ STAMP = 'rambo_det.stamp'
 PROMPT = 'rambo_det'  # tells an environment made here from someone else's
 REPORT_EVERY = 15.0  # seconds between two signs of life
 ANOTHER_PYTHON = f'Pass another one: make demo PYTHON=/path/to/python{PY}'
+QUICK = '-g0 -O2 -w'  # flags for the compiler, after those that Python was built with
 
-PROBE_TORCH = """
-import torch
+# What, besides its own version, a compiled wheel depends on. A GPU counts with nvcc.
+TAG = f"""
+import platform, torch
 from torch.utils.cpp_extension import CUDA_HOME
-print(torch.__version__, int(torch.cuda.is_available() and CUDA_HOME is not None))
+cuda = torch.cuda.is_available() and CUDA_HOME is not None
+tag = 'cp{PY}', 'torch' + torch.__version__, platform.machine(), 'cuda' * cuda
+print('-'.join(tag).rstrip('-'))
 """
+# Each of mmcv's files includes torch/types.h, and most of the time that it takes to
+# compile goes there. A compiler uses the precompiled header if its flags are those of
+# the file, as GCC judges it: if not, it reads the header itself.
+PRECOMPILE = """
+import subprocess, sys, setuptools
+from distutils.ccompiler import new_compiler
+from distutils.sysconfig import customize_compiler
+from torch.utils.cpp_extension import get_cxx_compiler, include_paths
+compiler, header = new_compiler(), sys.argv[1]
+customize_compiler(compiler)
+flags = compiler.compiler_so[1:] + ['-I' + path for path in include_paths()]
+flags += ['-std=c++17', '-x', 'c++-header', header, '-o', header + '.gch']
+sys.exit(subprocess.call([get_cxx_compiler(), *flags]))
+"""
+# What a first run imports gets its bytecode here: pip would compile all files, which
+# takes it longer than to unpack them.
 CHECK_IMPORTS = """
 from mmcv.ops import nms, roi_align
-import mmdet.datasets, mmdet.evaluation, mmdet.models
+import mmdet.datasets, mmdet.evaluation, mmdet.models, matplotlib.pyplot, pytest
 """
 
 
@@ -66,10 +85,10 @@ def say(text: str) -> None:
     print('[setup] ' + text, flush=True)
 
 
-def duration(seconds: float) -> str:
-    """Write a duration, as in ``3 min 05 s``."""
-    minutes, rest = divmod(int(seconds), 60)
-    return f'{minutes} min {rest:02d} s' if minutes else f'{rest} s'
+def duration(start: float) -> str:
+    """Write the time since ``start``, as in ``3 min 05 s``."""
+    minutes, seconds = divmod(int(time.monotonic() - start), 60)
+    return f'{minutes} min {seconds:02d} s' if minutes else f'{seconds} s'
 
 
 def cache_root() -> Path:
@@ -89,41 +108,25 @@ def mmcv_pin(root: Path, stack: str) -> str:
     return str(re.findall(r'^(?:onedl-)?mmcv==\S+', text, re.MULTILINE)[0])
 
 
-def stamp(root: Path, stack: str) -> List[str]:
-    """Return the two hashes that a finished environment carries.
-
-    If the first changes, it has to be made anew: compiled ops belong to their torch,
-    and scripts hold the path. If the second does, new packages can be added to it.
-    """
-    base = hashlib.sha256(f'{VERSION} {PY} {root} {stack}'.encode())
-    base.update(pins(root, 'build').read_bytes())
-    rest = hashlib.sha256()
-    for name in ('runtime', stack, 'dev'):
-        rest.update(pins(root, name).read_bytes() + b'\0')
-    return [base.hexdigest(), rest.hexdigest()]
+def stamp(root: Path, stack: str) -> str:
+    """Return what a finished environment carries: its scripts hold the path, too."""
+    hashed = hashlib.sha256(f'{VERSION} {PY} {root} {stack}'.encode())
+    for name in ('build', 'runtime', stack, 'dev'):
+        hashed.update(pins(root, name).read_bytes() + b'\0')
+    return hashed.hexdigest()
 
 
-def found_stamp(venv: Path) -> List[str]:
-    """Return the stamp of an environment, empty if it is unfinished or broken."""
-    path, python = venv / STAMP, venv / 'bin' / 'python'
+def is_ready(root: Path, stack: str) -> bool:
+    """Tell whether the environment is finished and in order."""
+    path, python = (root / VENVS[stack] / name for name in (STAMP, 'bin/python'))
     # exists() follows the link to the Python that the environment was made from.
-    return path.read_text().split() if path.exists() and python.exists() else []
-
-
-def wheel_tag(torch_version: str, cuda: bool = False) -> str:
-    """Name what, besides its own version, a compiled wheel depends on."""
-    tag = f'cp{PYTHON[0]}{PYTHON[1]}-torch{torch_version}'
-    return tag + '-cuda' if cuda else tag
+    return python.exists() and path.exists() and path.read_text() == stamp(root, stack)
 
 
 def find_wheel(folder: Path, pin: str) -> Optional[Path]:
-    """Return the complete wheel of ``pin`` for this machine in ``folder``, if any."""
-    prefix = pin.replace('-', '_').replace('==', '-')
-    for path in sorted(folder.glob(f'{prefix}-cp{PYTHON[0]}{PYTHON[1]}-*.whl')):
-        fits = path.stem.endswith((platform.machine(), 'universal2'))
-        if fits and zipfile.is_zipfile(str(path)):  # no truncated one passes
-            return path
-    return None
+    """Return the wheel of ``pin`` in ``folder``, if there is one."""
+    name = pin.replace('-', '_').replace('==', '-')
+    return next(folder.glob(f'{name}-*.whl'), None)
 
 
 def check_python() -> None:
@@ -143,18 +146,16 @@ def check_compiler() -> None:
     """Refuse to start a build that cannot end well."""
     tools = [os.environ.get('CC') or 'gcc', os.environ.get('CXX') or 'g++']
     missing = [tool for tool in tools if shutil.which(shlex.split(tool)[0]) is None]
-    if missing:
-        raise SetupError(
-            f'compiling mmcv needs {" and ".join(missing)}, not found on PATH. Install '
-            'a C++ compiler (Debian or Ubuntu: apt-get install build-essential; '
-            'Fedora: dnf install gcc-c++) or name yours in CC and CXX; then run again.'
-        )
     header = Path(sysconfig.get_paths()['include']) / 'Python.h'
     if not header.exists():
+        missing.append(f"Python's headers, as {header}")
+    if missing:
         raise SetupError(
-            f"compiling mmcv needs Python's headers, but there is no {header}. Install "
-            f'them (Debian or Ubuntu: apt-get install python{PY}-dev; Fedora: dnf '
-            f'install python{PY}-devel) and run again. {ANOTHER_PYTHON}'
+            f'compiling mmcv needs {" and ".join(missing)}, not found. Install a C++ '
+            "compiler and Python's headers (Debian or Ubuntu: apt-get install "
+            f'build-essential python{PY}-dev; Fedora: dnf install gcc-c++ '
+            f'python{PY}-devel) and run again. CC and CXX can name another compiler. '
+            + ANOTHER_PYTHON
         )
 
 
@@ -192,17 +193,12 @@ def locked(path: Path) -> Iterator[int]:
     import fcntl  # not on Windows, which has to get as far as a message too
 
     with path.open('a') as handle:
-        for waited in range(10**9):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if waited == 0:
-                    say('waiting for another set-up, or a step that a killed one left')
-                    say(f'  behind, to end: it holds {path}')
-                elif waited % REPORT_EVERY == 0:
-                    say(f'  ... {duration(waited)}')
-                time.sleep(1)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            say('waiting for another set-up, or a step that a killed one left behind,')
+            say(f'  to end: it holds {path}')
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield handle.fileno()
 
 
@@ -218,43 +214,48 @@ class Setup:
         self.python = str(self.venv / 'bin' / 'python')
         self.log = cache / f'setup-{stack}.log'
         # An outer PYTHONPATH or pip target would put packages beside the environment.
-        unwanted = ('PYTHONPATH', 'PYTHONHOME', 'PIP_TARGET', 'PIP_PREFIX')
-        self.env = {k: v for k, v in os.environ.items() if k not in unwanted}
+        unwanted = 'PYTHONPATH PYTHONHOME PIP_TARGET PIP_PREFIX PYTHONDONTWRITEBYTECODE'
+        self.env = {k: v for k, v in os.environ.items() if k not in unwanted.split()}
         self.env.update(PIP_USER='0', PIP_DISABLE_PIP_VERSION_CHECK='1')
+        # torch looks for ninja on PATH, where the environment's is not by itself.
+        path = self.env.get('PATH', os.defpath)
+        self.env['PATH'] = f'{self.venv / "bin"}{os.pathsep}{path}'
 
     def run(self, title: str, hint: str, *command: str, **env: str) -> None:
         """Run one step, with a sign of life now and then, and a hint if it fails."""
         say(title)
         start = time.monotonic()
-        with self.log.open('ab') as out:
-            out.write(f'\n$ {" ".join(command)}\n'.encode())
-            out.flush()
-            begin = out.tell()
+        with self.log.open('ab') as log:
+            log.write(f'\n$ {shlex.join(command)}\n'.encode())
+            log.flush()
+            begin = log.tell()
             process = subprocess.Popen(
                 command,
                 cwd=str(self.root),
                 stdin=subprocess.DEVNULL,
-                stdout=out,
+                stdout=log,
                 stderr=subprocess.STDOUT,
                 env=dict(self.env, **env),
                 start_new_session=True,  # lets stop() reach the compilers as well
                 pass_fds=(self.lock,),
             )
-        try:
-            while process.poll() is None:
-                try:
-                    process.wait(timeout=REPORT_EVERY)
-                except subprocess.TimeoutExpired:
-                    counts = re.findall(rb'\[(\d+)/(\d+)\]', self.log_from(begin))
-                    files = '{}, {} of {} files compiled' if counts else '{}'
-                    numbers = [n.decode() for n in counts[-1]] if counts else []
-                    seconds = time.monotonic() - start
-                    say('  ... ' + files.format(duration(seconds), *numbers))
-        except BaseException:
-            stop(process)
-            raise
+            try:
+                while process.poll() is None:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(timeout=REPORT_EVERY)
+                        break
+                    done = re.findall(r'\[(\d+)/(\d+)\]', self.logged(begin))
+                    files = (
+                        ', {} of {} files compiled'.format(*done[-1]) if done else ''
+                    )
+                    say(f'  ... {duration(start)}{files}')
+            except BaseException:
+                stop(process)
+                raise
+            say(f'  took {duration(start)}')
+            log.write(f'took {duration(start)}\n'.encode())
         if process.returncode != 0:
-            last = self.log_from(begin).decode(errors='replace').splitlines()[-25:]
+            last = self.logged(begin).splitlines()[-25:]
             raise SetupError(
                 '\n'.join(['the log ends with', *last, ''])
                 + f'This step failed (exit status {process.returncode}): {title}\n'
@@ -262,17 +263,14 @@ class Setup:
                 status=1,
             )
 
-    def log_from(self, begin: int) -> bytes:
+    def logged(self, begin: int) -> str:
         """Read what the running step has logged."""
-        with self.log.open('rb') as log:
-            log.seek(begin)
-            return log.read()
+        return self.log.read_bytes()[begin:].decode(errors='replace')
 
-    def pip_install(self, title: str, *arguments: str) -> None:
-        """Install something into the environment."""
-        hint = 'If it is the network or the disk, put that right; then run again.'
-        command = (self.python, '-m', 'pip', 'install', '--no-build-isolation')
-        self.run(title, hint, *command, *arguments)
+    def pip(self, title: str, hint: str, *arguments: str, **env: str) -> None:
+        """Run pip in the environment, whose build tools are the pinned ones."""
+        command = (self.python, '-m', 'pip', *arguments, '--no-build-isolation')
+        self.run(title, hint, *command, **env)
 
     def make_venv(self) -> None:
         """Make an empty environment, in place of an unfinished or outdated one."""
@@ -289,91 +287,88 @@ class Setup:
     def mmcv_wheel(self) -> Path:
         """Return mmcv's wheel from the cache, building it if it is not there."""
         pin = mmcv_pin(self.root, self.stack)
-        probe = subprocess.check_output([self.python, '-c', PROBE_TORCH], env=self.env)
-        torch_version, cuda = probe.decode().split()[-2:]
-        folder = self.cache / 'wheels' / wheel_tag(torch_version, cuda == '1')
-        cached = find_wheel(folder, pin)
-        if cached is None:
+        tag = subprocess.check_output([self.python, '-c', TAG], env=self.env).split()[
+            -1
+        ]
+        folder = self.cache / 'wheels' / tag.decode()
+        wheel = find_wheel(folder, pin)
+        if wheel is None:
+            check_compiler()
             # Beside its destination, so that moving it there is atomic.
             work = folder / f'.build-{pin}'
-            # There may be one already, finished by what a killed set-up left running.
-            built = find_wheel(work / 'out', pin) or self.build(pin, work, cuda == '1')
-            cached = folder / built.name
-            os.replace(str(built), str(cached))
             shutil.rmtree(str(work), ignore_errors=True)
-        say(f'{pin}: the compiled wheel is {cached}')
-        return cached
+            (work / 'tmp').mkdir(parents=True)
+            self.build(pin, work, tag.endswith(b'-cuda'))
+            built = next(work.glob('*.whl'))
+            wheel = built.replace(folder / built.name)
+            shutil.rmtree(str(work))
+        say(f'{pin}: the compiled wheel is {wheel}')
+        return wheel
 
-    def build(self, pin: str, work: Path, cuda: bool) -> Path:
-        """Compile mmcv and return the wheel, in ``work/out``."""
-        check_compiler()
-        shutil.rmtree(str(work), ignore_errors=True)
-        (work / 'tmp').mkdir(parents=True)
-        say(
-            f'{pin} is published as source only, so its ops are compiled here. It takes'
-        )
-        say('  about 10 minutes on 2 cores, and only this once: the wheel is kept.')
-        say(f'  The full log is {self.log}')
-        jobs = os.environ.get('MAX_JOBS') or str(build_jobs())
-        # To mmcv a visible GPU asks for CUDA ops, which do not build without nvcc.
-        hide = {} if cuda else {'CUDA_VISIBLE_DEVICES': '', 'FORCE_CUDA': '0'}
-        self.run(
-            f'compiling {pin}, {jobs} files at a time',
-            'If a compiler was "Killed", memory ran out: set MAX_JOBS=1 and run again.',
-            *(self.python, '-m', 'pip', '-v', 'wheel', '--no-build-isolation'),
-            *('--no-deps', '-w', str(work / 'out'), pin),
+    def build(self, pin: str, work: Path, cuda: bool) -> None:
+        """Compile mmcv into a wheel in ``work``, slowly if it does not go quickly."""
+        say(f'{pin} is published as source only: its ops are compiled here, only this')
+        say(f'  once, as the wheel is kept. The full log is {self.log}')
+        header = work / 'torch.h'
+        header.write_text('#include <torch/types.h>\n')
+        own = self.env.get('CFLAGS', '')
+        env = dict(
             MMCV_WITH_OPS='1',
-            MAX_JOBS=jobs,
+            MAX_JOBS=os.environ.get('MAX_JOBS') or str(build_jobs()),
             TMPDIR=str(work / 'tmp'),
-            # torch looks for ninja on PATH, where the environment's is not by itself.
-            PATH=f'{self.venv / "bin"}{os.pathsep}{self.env.get("PATH", os.defpath)}',
-            **hide,
+            CFLAGS=f'{own} {QUICK}',
         )
-        built = find_wheel(work / 'out', pin)
-        if built is None:
-            raise SetupError(
-                f'building {pin} left no wheel for Python {PY} on {platform.machine()} '
-                f'in {work / "out"}; see {self.log}',
-                status=1,
-            )
-        return built
+        if not cuda:  # a visible GPU asks for CUDA ops, which do not build without nvcc
+            env.update(CUDA_VISIBLE_DEVICES='', FORCE_CUDA='0')
+        compile_mmcv = (
+            f'compiling {pin}, {env["MAX_JOBS"]} files at a time',
+            'If a compiler was "Killed", memory ran out: set MAX_JOBS=1 and run again.',
+            *('-v', 'wheel', '--no-deps', '-w', str(work), pin),
+        )
+        try:
+            command = (self.python, '-c', PRECOMPILE, str(header))
+            self.run("precompiling torch's headers", '', *command, **env)
+            env['CFLAGS'] += f' -include {shlex.quote(str(header))}'
+            self.pip(*compile_mmcv, **env)
+        except SetupError:
+            say('  failed (see the log); once more with the flags that mmcv comes with')
+            self.pip(*compile_mmcv, **dict(env, CFLAGS=own))
 
     def install(self) -> None:
-        """Make or update the environment, then stamp it."""
+        """Make the environment, then stamp it."""
         # Taken before the first step: pins edited meanwhile must not count as done.
         wanted = stamp(self.root, self.stack)
-        found = found_stamp(self.venv)
         with contextlib.suppress(FileNotFoundError):
-            (self.venv / STAMP).unlink()
+            (self.venv / STAMP).unlink()  # what --clear deletes is not finished
         self.log.write_bytes(b'')
-        if found[:1] != wanted[:1]:
-            self.make_venv()
-            build_pins = str(pins(self.root, 'build'))
-            self.pip_install('installing torch and the build tools', '-r', build_pins)
+        hint = 'If it is the network or the disk, put that right; then run again.'
+        build, stack, dev = (
+            ('-r', str(pins(self.root, name))) for name in ('build', self.stack, 'dev')
+        )
+        install = (hint, 'install', '--no-compile')
+        self.make_venv()
+        self.pip('installing torch and the build tools', *install, *build)
         wheel = self.mmcv_wheel()
         # Without dependencies: mmcv's would bring in opencv-python beside the pinned
         # opencv-python-headless, and it needs libraries that a server may lack.
-        self.pip_install(
-            f'installing the {self.stack} stack and the test tools',
-            *('--no-deps', str(wheel), '-r', str(pins(self.root, self.stack))),
-            *('-r', str(pins(self.root, 'dev'))),
-        )
-        self.pip_install('installing rambo_det (editable)', '--no-deps', '-e', '.')
+        title = f'installing the {self.stack} stack, the test tools and rambo_det'
+        packages = ('--no-deps', str(wheel), *stack, *dev, '-e', '.')
+        self.pip(title, *install, *packages)
         self.run(
             'checking that the stack imports',
             f'If mmcv is at fault, delete {wheel} and run again to build it anew.',
             *(self.python, '-c', CHECK_IMPORTS),
         )
-        (self.venv / STAMP).write_text('\n'.join(wanted))
+        (self.venv / STAMP).write_text(wanted)
 
 
 def set_up(root: Path, cache: Path, stack: str) -> None:
     """Make the stack's environment unless it is ready."""
-    venv = root / VENVS[stack]
-    if found_stamp(venv) == stamp(root, stack):
+    if is_ready(root, stack):
         return
+    start = time.monotonic()
     check_python()
-    wheels = (cache / 'wheels').glob(wheel_tag('*'))
+    wheels = (cache / 'wheels').glob('*')
     if not any(find_wheel(folder, mmcv_pin(root, stack)) for folder in wheels):
         check_compiler()  # now, rather than after the download of torch
     try:
@@ -383,8 +378,9 @@ def set_up(root: Path, cache: Path, stack: str) -> None:
     check_disk(root, 3)
     check_disk(cache, 1)
     with locked(cache / 'setup.lock') as lock:
-        if found_stamp(venv) != stamp(root, stack):  # not made while waiting
+        if not is_ready(root, stack):  # not made while waiting
             Setup(root, cache, stack, lock).install()
+    say(f'the set-up took {duration(start)}')
 
 
 def interrupt(*_: Any) -> None:

@@ -30,6 +30,7 @@ import time
 import traceback
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -76,21 +77,9 @@ def _load(path: Path, data: Path, steps: int) -> Any:
     return shrink(Config.fromfile(path), data, steps, lr)
 
 
-def _key(cfg: Any) -> str:
-    """Hash what is trained, not where the data lie."""
-    parts = {
-        name: cfg.get(name)
-        for name in ('model', 'optim_wrapper', 'train_cfg', 'custom_hooks')
-    }
-    text = repr(parts) + cfg.train_dataloader.dataset.type
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _state(runner: Any) -> dict[str, Any]:
     """Return a copy of the state of the model, the loss' memory included."""
-    from mmengine.model import is_model_wrapper
-
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model = getattr(runner.model, 'module', runner.model)
     return copy.deepcopy(dict(model.state_dict()))
 
 
@@ -237,16 +226,13 @@ def _step_of_two(rank: int, path: Path, data: Path, work_dir: Path) -> bool:
     return worked
 
 
-def _describe(path: Path, data: Path, steps: int) -> dict[str, Any]:
-    """Return the ``key`` of what a config trains, and the versions it runs on."""
-    import mmdet
-    import mmengine
-    import torch
-
-    versions = dict(
-        torch=torch.__version__, mmdet=mmdet.__version__, mmengine=mmengine.__version__
-    )
-    return dict(key=_key(_load(path, data, steps)), versions=versions)
+def _describe(path: Path, data: Path, steps: int) -> str:
+    """Hash what is trained, not where the data lie."""
+    cfg = _load(path, data, steps)
+    names = ('model', 'optim_wrapper', 'train_cfg', 'custom_hooks')
+    text = repr({name: cfg.get(name) for name in names})
+    text += cfg.train_dataloader.dataset.type
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _begin(log: Path) -> None:
@@ -287,26 +273,15 @@ def check(path: Path, data: Path, folder: Path, steps: int) -> dict[str, Any]:
         _meeting(folder / 'two').unlink(missing_ok=True)
         pair = [(rank, path, data, folder / 'two') for rank in (0, 1)]
         found['two_processes'] = all(_call(folder, _step_of_two, *pair) or [False])
-    found['seconds'] = round(time.monotonic() - begin)
-    found['ok'] = passed(found)
-    return found
-
-
-def rose(found: dict[str, Any]) -> bool:
-    """Whether AP gained the required share of what was missing at the start."""
-    return bool(found['end'] - found['start'] >= SHARE * (1 - found['start']))
+    return dict(found, seconds=round(time.monotonic() - begin), ok=passed(found))
 
 
 def passed(found: dict[str, Any]) -> bool:
-    """Whether all checks of a config passed."""
-    return bool(
-        'end' in found
-        and found['finite']
-        and rose(found)
-        and found['metrics']
-        and found['resumed']
-        and found['two_processes']
-    )
+    """Whether all checks passed, and AP gained its share of what was missing."""
+    parts = [found.get(k) for k in ('finite', 'metrics', 'resumed', 'two_processes')]
+    if not all(parts):
+        return False
+    return bool(found['end'] - found['start'] >= SHARE * (1 - found['start']))
 
 
 def table(results: dict[str, Any]) -> str:
@@ -315,19 +290,58 @@ def table(results: dict[str, Any]) -> str:
     groups: dict[str, list[str]] = {}
     for name, found in sorted(results.items()):
         if found.get('ok'):
-            groups.setdefault(found['key'], []).append(name)
+            groups.setdefault(found['key'], []).append(f'`{name}`')
     for names in groups.values():
-        found = results[names[0]]
-        answers = (bool(found['metrics']), found['resumed'], found['two_processes'])
-        rows.append(
-            [
-                '<br>'.join(f'`{name}`' for name in names),
-                ', '.join(f'`{head}`' for head in found['heads']),
-                f'{found["start"]:.2f} → {found["end"]:.2f}',
-                *('yes' if answer else 'no' for answer in answers),
-            ]
-        )
+        found = results[names[0].strip('`')]
+        heads = ', '.join(f'`{head}`' for head in found['heads'])
+        rise = f'{found["start"]:.2f} → {found["end"]:.2f}'
+        answers = (found[key] for key in ('metrics', 'resumed', 'two_processes'))
+        yes = ('yes' if answer else 'no' for answer in answers)
+        rows.append(['<br>'.join(names), heads, rise, *yes])
     return markdown_table(rows, text_columns=range(6))
+
+
+def run(
+    args: argparse.Namespace, chosen: dict[Path, str], results: dict[str, Any]
+) -> list[str]:
+    """Check configs, keep the results as they come; return the names that failed."""
+    from tools.dataset_tools.make_demo_voc import generate, write_coco
+
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+    work_dir = args.work_dir or Path(tempfile.mkdtemp(prefix='check_detectors'))
+    data = (work_dir / 'data').resolve()
+    generate(data, train=IMAGES, test=4)
+    write_coco(data)
+    settings = dict(images=IMAGES, lr=LR)
+    for package in ('torch', 'mmdet', 'mmengine'):
+        settings[package] = import_module(package).__version__
+    failed: list[str] = []
+    done: dict[str, dict[str, Any]] = {}
+    for number, (path, name) in enumerate(chosen.items(), start=1):
+        print(f'[{number}/{len(chosen)}] {name} ...', end=' ', flush=True)
+        folder = work_dir / name
+        steps = args.steps * SLOW.get(path.stem.split('_')[0], 1)
+        (key,) = _call(folder, _describe, (path, data, steps)) or ['']
+        if key in done:
+            found, said = done[key], 'same as before when shrunken'
+        else:
+            found = dict(ok=False)
+            if key:
+                found = dict(check(path, data, folder, steps), key=key, steps=steps)
+                done[key] = found
+            said = 'ok' if found['ok'] else f'FAILED, see {folder}/output.log'
+            if 'end' in found:
+                rise = f'{found["start"]:.2f} -> {found["end"]:.2f}'
+                said = f'class AP {rise} ({found["seconds"]} s) {said}'
+        print(said)
+        results[name] = found
+        if not found['ok']:
+            failed.append(name)
+        content = dict(settings=settings, results=dict(sorted(results.items())))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(args.out) as draft:
+            draft.write_text(json.dumps(content, indent=1) + '\n')
+    return failed
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -340,61 +354,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--table-only', action='store_true')
     parser.add_argument('--update', type=Path, help='page that gets the table')
     args = parser.parse_args(argv)
+    results: dict[str, Any] = {}
+    if args.out.is_file():
+        results = json.loads(args.out.read_text())['results']
+    names = {path: f'{path.parent.name}/{path.stem}' for path in configs()}
+    chosen = [p for p, name in names.items() if any(part in name for part in args.only)]
+    if not chosen:
+        parser.error(f'--only {" ".join(args.only)}: no shipped config has such a name')
     if args.update:  # not only after minutes of training
         try:
             split_page(args.update, *MARKS)
         except ValueError as error:
             parser.error(str(error))
-    results: dict[str, Any] = {}
-    if args.out.is_file():
-        results = json.loads(args.out.read_text())['results']
-    if args.table_only:
-        print(table(results))
-        if args.update:
-            update_page(args.update, *MARKS, table(results))
-        return
-    names = {path: f'{path.parent.name}/{path.stem}' for path in configs()}
-    chosen = [p for p, name in names.items() if any(part in name for part in args.only)]
-    if not chosen:
-        parser.error(f'--only {" ".join(args.only)}: no shipped config has such a name')
-
-    from tools.dataset_tools.make_demo_voc import generate, write_coco
-
-    os.environ.setdefault('OMP_NUM_THREADS', '1')
-    work_dir = args.work_dir or Path(tempfile.mkdtemp(prefix='check_detectors'))
-    data = (work_dir / 'data').resolve()
-    generate(data, train=IMAGES, test=4)
-    write_coco(data)
-    failed = []
-    done: dict[str, dict[str, Any]] = {}
-    versions: dict[str, str] = {}
-    for number, path in enumerate(chosen, start=1):
-        name = names[path]
-        print(f'[{number}/{len(chosen)}] {name} ...', end=' ', flush=True)
-        folder = work_dir / name
-        steps = args.steps * SLOW.get(path.stem.split('_')[0], 1)
-        (found,) = _call(folder, _describe, (path, data, steps)) or [None]
-        if found is not None and found['key'] in done:
-            found = done[found['key']]
-            print('same as before when shrunken')
-        elif found is None:
-            found = dict(ok=False)
-            print(f'FAILED, see {folder}/output.log')
-        else:
-            versions = found.pop('versions')
-            found.update(check(path, data, folder, steps), steps=steps)
-            done[found['key']] = found
-            ap = f'{found["start"]:.2f} -> {found["end"]:.2f}' if 'end' in found else ''
-            state = 'ok' if found['ok'] else f'FAILED, see {folder}/output.log'
-            print(f'class AP {ap} ({found["seconds"]} s) {state}')
-        results[name] = found
-        if not found['ok']:
-            failed.append(name)
-        settings = dict(images=IMAGES, lr=LR, **versions)
-        content = dict(settings=settings, results=dict(sorted(results.items())))
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(args.out) as draft:
-            draft.write_text(json.dumps(content, indent=1) + '\n')
+    failed = (
+        [] if args.table_only else run(args, {p: names[p] for p in chosen}, results)
+    )
     print(f'\n{table(results)}')
     if args.update:
         update_page(args.update, *MARKS, table(results))

@@ -25,15 +25,13 @@ with its validations, also while it was halted; ``step_seconds``: the median ste
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
-import os
+import signal
 import sys
-from contextlib import contextmanager
-from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
-from typing import Any, Iterable, Iterator, Sequence
+from typing import Any, Iterable, Sequence
 
 if not __package__:  # run as a script: its modules are those of the checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -44,12 +42,10 @@ from scipy.stats import t
 from tools import ROOT
 from tools.common.atomic_file import atomic_file
 from tools.common.markdown_table import markdown_table, split_page, update_page
-from tools.experiments import compare, compare_report
-from tools.experiments.compare_configs import check, load, parse_options
-from tools.experiments.compare_jobs import Stopped
+from tools.experiments.runs import RunError, Training, alone_in, resolve
 
 OUT = ROOT / 'docs' / 'results' / 'converged.json'
-MARKS = compare_report.marks('converged')
+MARKS = ('<!-- compare converged -->', '<!-- end converged -->')
 BASELINE = 'ce'
 _TRAINVAL = 'VOC2007/ImageSets/Main/trainval.txt'
 SPLITS = dict(
@@ -100,18 +96,9 @@ def names(stem: str, loss: str | None = None, split: str = 'test') -> dict[str, 
 
 def read_rows(path: Path) -> list[Row]:
     """Read the rows of a file; none if there is no file."""
-    return compare_report.read_json(path)['runs'] if path.is_file() else []
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Let other processes that ask for it wait."""
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
+    return (
+        json.loads(path.read_text(encoding='utf-8'))['runs'] if path.is_file() else []
+    )
 
 
 def add_rows(path: Path, rows: Iterable[Row]) -> None:
@@ -120,7 +107,7 @@ def add_rows(path: Path, rows: Iterable[Row]) -> None:
     Other processes may do the same at the same time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone_in(path.parent):
+    with alone_in(path.parent):
         found = {tuple(row[key] for key in KEY): row for row in read_rows(path)}
         found.update({tuple(row[key] for key in KEY): row for row in rows})
         lines = [f'  {json.dumps(found[key])}' for key in sorted(found)]
@@ -139,42 +126,6 @@ def step_seconds(folder: Path) -> float | None:
     return round(median(found), 4) if found else None
 
 
-def _percent(value: float | None, digits: int = 3) -> float | None:
-    return None if value is None else round(100 * value, digits)
-
-
-def make_row(plan: compare.Plan, named: dict[str, str], split: str) -> Row:
-    """Make the row of a run from the record that compare.py has written."""
-    record = compare_report.read_json(plan.record_path)
-    path = plan.candidate.path.resolve()
-    curve = [dict(point) for point in record['curve']]
-    for point in curve:
-        if 'val_ap50' in point:
-            point['AP50'] = _percent(point.pop('val_ap50'))
-    by_class = {
-        key: {n: _percent(v, 2) for n, v in record[key.lower()].items()}
-        for key in ('class_AP50', 'class_AP')
-    }
-    return dict(
-        **named,
-        seed=record['seed'],
-        **{key: _percent(record[key.lower()]) for key in ('AP50', 'AP', 'AP75')},
-        best_f1=_percent(record['best_f1']),
-        best_threshold=round(record['best_threshold'], 4),
-        f1_at_half=_percent(record['f1_at_half']),
-        config=str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name),
-        split=split,
-        options=record['options'],
-        images=record['images'],
-        seconds=record['train_seconds'],
-        step_seconds=step_seconds(plan.folder),
-        **{key: record[key] for key in ('threads', 'sessions', 'date', 'versions')},
-        config_sha=record['config_sha'],
-        **by_class,
-        curve=curve,
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     """Make the runs that have no row yet, and their rows; return how many failed.
 
@@ -182,42 +133,49 @@ def run(args: argparse.Namespace) -> int:
         ValueError: If something is wrong with the arguments or in the way.
     """
     options = [*SPLITS[args.split], *args.cfg_options]
-    candidate = load(args.config, parse_options(options))
-    check([candidate])
-    named = names(candidate.stem, args.loss, args.split)
-    candidate = replace(candidate, name='_'.join(named.values()))
+    resolved = resolve(args.config, options)
+    named = names(args.config.stem, args.loss, args.split)
+    name = '_'.join(named.values())
     rows = {tuple(row[key] for key in KEY): row for row in read_rows(args.out)}
-    plans = []
+    todo = []
     for seed in args.seeds:
+        folder = (args.work_dir / name / f'seed_{seed}').resolve()
+        training = Training(args.config, resolved, seed, folder, options)
         row = rows.get((*named.values(), seed))
-        if row and row['config_sha'] != candidate.sha:
+        if row and row['config_sha'] != training.sha:
             raise ValueError(
-                f'{args.out} has a row of {candidate.name} seed {seed} of another '
-                f'config (SHA-256 {row["config_sha"][:8]}, now {candidate.sha[:8]}); '
+                f'{args.out} has a row of {name} seed {seed} of another '
+                f'config (SHA-256 {row["config_sha"][:8]}, now {training.sha[:8]}); '
                 'name this one with --loss, or delete the row'
             )
         if row:
-            print(f'{candidate.name} seed {seed}: done before, AP50 {row["AP50"]:.1f}')
+            print(f'{name} seed {seed}: done before, AP50 {row["AP50"]:.1f}')
             continue
-        folder = (args.work_dir / candidate.name / f'seed_{seed}').resolve()
-        plan = compare.Plan(
-            candidate=candidate,
-            seed=seed,
-            folder=folder,
-            out=folder,
+        training.refuse()
+        todo.append(training)
+    path, failed = args.config.resolve(), 0
+    for training in todo:
+        try:
+            found = training.make()
+        except RunError as failure:
+            failed += 1
+            print(f'{name} seed {training.seed} failed: {failure}', file=sys.stderr)
+            continue
+        row = dict(
+            **named,
+            seed=training.seed,
+            config=str(
+                path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+            ),
+            config_sha=training.sha,
+            split=args.split,
             options=options,
-            versions=compare.versions(),
+            date=datetime.now(timezone.utc).isoformat(timespec='seconds'),
             threads=1,
+            step_seconds=step_seconds(training.folder),
+            **found,
         )
-        refusal = plan.refusal()
-        if refusal:
-            raise ValueError(refusal)
-        plans.append(plan)
-    failed = 0
-    for plan in plans:
-        failed += compare.train([plan], jobs=1)
-        if plan.is_done:
-            add_rows(args.out, [make_row(plan, named, args.split)])
+        add_rows(args.out, [row])
     return failed
 
 
@@ -313,6 +271,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     args = parse(argv)
     failed = 0
+    # As Ctrl-C does: what it has started is stopped too.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         if args.update:  # not only after hours of training
             split_page(args.update, *MARKS)
@@ -326,8 +286,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             update_page(args.update, *MARKS, text)
     except ValueError as error:
         sys.exit(f'converged: {error}')
-    except Stopped as stopped:
-        sys.exit(128 + stopped.args[0])
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if failed:
         sys.exit(f'converged: {failed} runs failed, see above')
 

@@ -1,0 +1,11 @@
+_base_ = './faster-rcnn_mobilenetv2_fpn-p3_ce_6e_bccd.py'
+custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
+
+model = dict(
+    roi_head=dict(
+        bbox_head=dict(
+            type='RaMBOShared2FCBBoxHead',
+            loss_cls=dict(_delete_=True, type='RaMBOLoss'),
+        )
+    )
+)
