@@ -39,7 +39,7 @@ KINDS = {
     'class-empty': 'is not learned, or has no AP',
     'list-line': 'XMLDataset takes the whole line as the name: training stops',
     'list-repeats': 'the image counts as often as it is listed',
-    'list-empty': 'training stops before its first step, and names no file',
+    'list-empty': 'training stops before its first step',
     'splits-overlap': 'the test sees training images, its AP is too high',
     'splits-same-content': 'the test sees training images, its AP is too high',
 }
