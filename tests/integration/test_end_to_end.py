@@ -62,6 +62,7 @@ def train_arguments(work_dir, epochs):
         '--cfg-options',
         f'train_cfg.max_epochs={epochs}',
         'train_cfg.val_interval=1',
+        'train_dataloader.batch_size=4',
         'default_hooks.logger.interval=1',
         'default_hooks.checkpoint.interval=1',
         'model.roi_head.bbox_head.loss_cls.class_ap.span=memory',

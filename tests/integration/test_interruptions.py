@@ -45,6 +45,7 @@ def config(tmp_path_factory):
         _base_ = {str(RAMBO)!r}
         model = dict(roi_head=dict(bbox_head=dict(loss_cls=dict(
             class_ap=dict(span='memory'), margin=0.5, lambd=0.3))))
+        train_dataloader = dict(batch_size=4)
         train_cfg = dict(max_epochs={EPOCHS}, val_interval=1)
         default_hooks = dict(
             logger=dict(interval=1),

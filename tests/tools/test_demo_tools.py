@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -219,12 +221,14 @@ def test_demo_passes_only_with_the_required_ap(
     monkeypatch.setattr(demo, 'generate', lambda out: False)
     args = ['--data', str(data), '--work-dir', str(work_dir)]
     if fails:
-        with pytest.raises(SystemExit, match=r'below the required 0\.70'):
+        with pytest.raises(SystemExit, match=r'below the required 0\.80'):
             demo.main(args)
     else:
         demo.main(args)
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith('AP50 on the test split: ')
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].startswith('AP50 on the test split: ')
+    scripts = re.findall(r'^  \S+ (\S+/tools/\S+)', out, re.MULTILINE)
+    assert len(scripts) == 3 and all(Path(script).is_file() for script in scripts)
     assert _is_png(work_dir / 'pr_curves.png')
 
 
