@@ -316,6 +316,7 @@ class Setup:
             MMCV_WITH_OPS='1',
             MAX_JOBS=os.environ.get('MAX_JOBS') or str(build_jobs()),
             TMPDIR=str(work / 'tmp'),
+            PIP_NO_CACHE_DIR='1',  # may hold a wheel that belongs to another torch
             CFLAGS=f'{own} {QUICK}',
         )
         if not cuda:  # a visible GPU asks for CUDA ops, which do not build without nvcc
