@@ -112,11 +112,18 @@ test_evaluator = val_evaluator
 
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type='AdamW', lr=2e-3, weight_decay=0.01, fused=True),
+    optimizer=dict(
+        _delete_=True,
+        type='AdamW',
+        lr=2e-3,
+        betas=(0.9, 0.98),  # of a thousand steps, the last fifty tell how large
+        weight_decay=0.01,
+        fused=True,
+    ),
     clip_grad=dict(max_norm=10.0),
 )
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
     dict(
         type='CosineAnnealingLR',
         begin=0,
