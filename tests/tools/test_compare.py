@@ -720,7 +720,7 @@ def test_results_of_another_config_are_refused_before_anything_is_trained(
     with pytest.raises(
         SystemExit,
         match=r'net_ce_demo seed 0 was trained with another config than it is now '
-        r'\(optim_wrapper\.optimizer\.lr: 0\.0007 -> 0\.5\).*move or delete',
+        r'\(optim_wrapper\.optimizer\.lr: 0\.002 -> 0\.5\).*move or delete',
     ):
         fakes.main(configs=[path, RAMBO], seeds=(1, 0))
     assert fakes.steps() == []
