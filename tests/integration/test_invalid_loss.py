@@ -245,6 +245,7 @@ def train_demo(root, work_dir, pipeline, config=CE, **hook):
     dataset = cfg.train_dataloader.dataset
     dataset.data_root = str(root)
     dataset.pipeline[2:2] = PIPELINES[pipeline]
+    cfg.train_dataloader.batch_size = 4
     cfg.train_cfg = dict(by_epoch=True, max_epochs=1)
     for part in ('val', 'test'):
         for key in ('cfg', 'dataloader', 'evaluator'):
