@@ -24,6 +24,7 @@ from tools.dev.write_metafile import METAFILE, metafile
 NAME = RAMBO.relative_to(ROOT / 'configs').as_posix()
 INHERITING = f"""
 _base_ = 'rambo_det::{NAME}'
+train_dataloader = dict(batch_size=4)
 train_cfg = dict(max_epochs=1, val_interval=1)
 default_hooks = dict(logger=dict(interval=1))
 """
