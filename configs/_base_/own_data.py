@@ -1,7 +1,7 @@
 # Everything but the model for data of your own in VOC layout. What you set:
 # data_root, classes and image_scale, in a config that inherits this one or with
 # --cfg-options; OwnDataRunner takes them to all their places.
-_base_ = './cpu_runtime.py'
+_base_ = ['./cpu_runtime.py', './datasets/voc_pipelines.py']
 custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
 runner_type = 'OwnDataRunner'
 
@@ -17,25 +17,10 @@ dataset = dict(
     data_prefix=dict(sub_data_root=''),
     metainfo=dict(classes=classes),
 )
-train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations', with_bbox=True),
-    dict(type='Resize', scale=image_scale, keep_ratio=True),
-    # A box without area, as real data has and clipping makes, makes the box loss NaN.
-    dict(type='FilterAnnotations', min_gt_bbox_wh=(0, 0), keep_empty=False),
-    dict(type='RandomFlip', prob=0.5),
-    dict(type='PackDetInputs'),
-]
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=image_scale, keep_ratio=True),
-    # Loaded after the resize: the test compares boxes of the original size.
-    dict(type='LoadAnnotations', with_bbox=True),
-    dict(
-        type='PackDetInputs',
-        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
-    ),
-]
+train_pipeline = _base_.train_pipeline
+train_pipeline[2].scale = image_scale
+test_pipeline = _base_.test_pipeline
+test_pipeline[1].scale = image_scale
 train_dataloader = dict(
     batch_size=4,
     num_workers=2,

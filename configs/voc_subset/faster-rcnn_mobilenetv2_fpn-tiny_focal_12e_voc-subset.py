@@ -1,26 +1,7 @@
-_base_ = './faster-rcnn_mobilenetv2_fpn-tiny_ce_12e_voc-subset.py'
+_base_ = [
+    './faster-rcnn_mobilenetv2_fpn-tiny_ce_12e_voc-subset.py',
+    '../_base_/roi_focal.py',
+]
 custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
 
-model = dict(
-    roi_head=dict(
-        bbox_head=dict(
-            loss_cls=dict(_delete_=True, type='RoIFocalLoss', use_sigmoid=True),
-            # As by default, but scores start at 0.01 like those of dense heads, else
-            # the background outweighs all else at first.
-            init_cfg=[
-                dict(
-                    type='Normal',
-                    std=0.01,
-                    bias_prob=0.01,
-                    override=dict(name='fc_cls'),
-                ),
-                dict(type='Normal', std=0.001, override=dict(name='fc_reg')),
-                dict(
-                    type='Xavier',
-                    distribution='uniform',
-                    override=[dict(name='shared_fcs')],
-                ),
-            ],
-        )
-    )
-)
+model = dict(roi_head=dict(bbox_head=_base_.focal_head))

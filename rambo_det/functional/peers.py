@@ -24,28 +24,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .checks import at_least_float32
+from .sequences import positive_indices
 
 __all__ = [
     'ap_loss',
     'bucketed_ap_loss',
     'bucketed_rank_sort_loss',
-    'positive_index',
     'rank_sort_loss',
 ]
 
 # Pairs of positives that are compared at a time.
 _PAIRS = 2**20
-
-
-def positive_index(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the flat index of the positive of each foreground row, (P,).
-
-    Args:
-        logits: (N, C) tensor.
-        labels: (N,) tensor: 0..C-1 foreground, C background.
-    """
-    rows = (labels < logits.size(1)).nonzero().squeeze(1)
-    return rows * logits.size(1) + labels[rows]
 
 
 class _GivenGradient(torch.autograd.Function):
@@ -103,7 +92,7 @@ class _Entries:
     ) -> None:
         self._logits, self.delta = logits, delta
         flat = logits.detach().reshape(-1)
-        index = positive_index(logits, labels)
+        index = positive_indices(labels, logits.size(1))
         matters = flat >= flat[index].min() - delta
         matters[index] = False
         self._others = matters.nonzero().squeeze(1)

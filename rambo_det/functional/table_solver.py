@@ -152,13 +152,13 @@ class _Solver:
         self.kinds = Kinds.of(sum(rows), self.columns, rankings, scores.device)
         self.chunks = Chunks(scores, exists, positives, self.kinds, shift)
         self.exists = self._exists(exists, rows)
-        found, index = [self.chunks.scores_of_positives], [positives]
-        for first, of in zip(accumulate(rows), past):
-            index.append(of.positives())
-            found.append(of.scores.reshape(-1).index_select(0, index[-1]))
-            index[-1] = index[-1] + first * self.columns
+        index = [positives, *(of.positives() for of in past)]  # of each step
+        found, every = [self.chunks.scores_of_positives], [positives]
+        for first, of, own in zip(accumulate(rows), past, index[1:]):
+            found.append(of.scores.reshape(-1).index_select(0, own))
+            every.append(own + first * self.columns)
         self.scores = torch.cat(found)
-        kind = self.kinds.of_entries(torch.cat(index))
+        kind = self.kinds.of_entries(torch.cat(every))
         # For each ranking the sequence of each positive, (P,).
         self.own = [of.index_select(0, kind) for of in self.kinds.sequences]
         self.sizes = [of.num_sequences(self.columns) + 1 for of in rankings]
@@ -166,7 +166,7 @@ class _Solver:
         self.index: List[Tensor] = []  # of the negatives of each chunk
         self.negatives: List[Negatives] = []  # of each chunk, if positives will move
         self.moves = any(of.lambd < float('inf') for of in rankings)
-        self.level = self._levels()
+        self.level = self._levels(index)
         ties = None if self.level is None else self.level.argsort(stable=True)
         self.before = self._place(self.scores, self._find, ties)
         # For each ranking the order of the positives in its line, (P,), and the line.
@@ -191,18 +191,14 @@ class _Solver:
         parts = [(of.labels >= 0).unsqueeze(1) for of in self.past]
         return torch.cat([every if exists is None else exists, *parts])
 
-    def _levels(self) -> Optional[Tensor]:
-        """Return the level of each positive, (P,)."""
+    def _levels(self, index: Sequence[Tensor]) -> Optional[Tensor]:
+        """Return the level of each positive, (P,), given their indices in each step."""
         if self.levels.of_rows is None:
             return None
-        found = []
-        steps = [(self.positives, self.levels.of_rows)]
         count = self.levels.thresholds
-        steps += [(of.positives(), of.reached(count)) for of in self.past]
-        for index, levels in steps:
-            row = torch.div(index, self.columns, rounding_mode='floor')
-            found.append(levels.index_select(0, row))
-        return torch.cat(found)
+        levels = [self.levels.of_rows, *(of.reached(count) for of in self.past)]
+        rows = [torch.div(of, self.columns, rounding_mode='floor') for of in index]
+        return torch.cat([of.index_select(0, row) for of, row in zip(levels, rows)])
 
     def _line(self, number: int, sequence: Tensor) -> Line:
         """Return the positives of a ranking, which are in these sequences, (P,)."""

@@ -133,15 +133,9 @@ class Step(NamedTuple):
 
 
 def gather_step(
-    exchange: Exchange,
-    scores: Tensor,
-    labels: Tensor,
-    levels: Optional[Tensor],
-    rankings: Sequence[Ranking],
-    any_ignored: bool,
-    noise: bool,
+    exchange: Exchange, own: Step, rankings: Sequence[Ranking], noise: bool
 ) -> Step:
-    """Bring the rows of all processes together; all must call this.
+    """Bring the own rows and those of all processes together; all must call this.
 
     Rows are sent only if a ranking has no groups. For a ranking with groups it is
     enough to know how many sequences the other processes have.
@@ -149,6 +143,7 @@ def gather_step(
     With ``noise``, random shifts will be drawn for all rows and for the memory. The
     generator has the first process' seed: all processes rank the same shifted scores.
     """
+    scores, labels, levels, any_ignored = own[:4]
     seed = int(torch.randint(2**62, ())) if noise else 0
     counts = [_count_present(labels, ranking, scores.size(1)) for ranking in rankings]
     numbers = torch.stack([labels.new_full((), seed), *counts])

@@ -299,15 +299,7 @@ class RaMBOLoss(RankingLoss):
         noise = self.margin_noise and margin > 0
         step = Step(scores, labels, levels, rows.any_ignored)
         if together:
-            step = gather_step(
-                self._exchange,
-                scores,
-                labels,
-                levels,
-                rankings,
-                rows.any_ignored,
-                noise,
-            )
+            step = gather_step(self._exchange, step, rankings, noise)
         rankings = [step.place(ranking) for ranking in rankings]
         scores, labels, past = step.scores, step.labels, []
         if self.training and self._fills_memory:

@@ -14,7 +14,7 @@ HEADS = ['Shared2FCBBoxHead', 'Shared4Conv1FCBBoxHead', 'ConvFCBBoxHead']
 IMAGES = dict(weight=1.0, span='image')
 
 
-def build_head(name, loss_cls, classes=3):
+def build_head(name, loss_cls, classes=3, **more):
     extra = dict(num_shared_fcs=1) if 'ConvFC' in name else {}
     return MODELS.build(
         dict(
@@ -25,6 +25,7 @@ def build_head(name, loss_cls, classes=3):
             num_classes=classes,
             loss_cls=loss_cls,
             **extra,
+            **more,
         )
     )
 

@@ -7,15 +7,15 @@ import torch
 
 pytest.importorskip('mmdet', reason='the heads are registered in mmdet')
 from mmdet.models.utils import unpack_gt_instances
-from mmdet.registry import MODELS
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_overlaps, distance2bbox
 from torch import nn
 
 from rambo_det import RaMBOLoss
 from rambo_det.functional import detection_ap_loss
 from tests.helpers.detectors import CLASSES, DENSE, QUERY, batch, build, truth
-from tests.unit.test_bbox_heads import roi_batch
+from tests.unit.test_bbox_heads import build_head, roi_batch
 
+HEAD = 'RaMBOShared2FCBBoxHead'
 THRESHOLDS = (0.3, 0.5, 0.7)
 PLAIN = dict(margin=0.0, memory=0, loss_weight=1.0)
 ROI = dict(
@@ -113,18 +113,12 @@ def test_roi_heads(name):
 )
 def test_roi_head_alone(agnostic, decoded, loss):
     """Without sampling results; and where boxes are decoded before the loss."""
-    head = MODELS.build(
-        dict(
-            type='RaMBOShared2FCBBoxHead',
-            in_channels=8,
-            fc_out_channels=16,
-            roi_feat_size=2,
-            num_classes=3,
-            reg_class_agnostic=agnostic,
-            reg_decoded_bbox=decoded,
-            loss_bbox=dict(type='IoULoss' if decoded else 'L1Loss'),
-            loss_cls=loss,
-        )
+    head = build_head(
+        HEAD,
+        loss,
+        reg_class_agnostic=agnostic,
+        reg_decoded_bbox=decoded,
+        loss_bbox=dict(type='IoULoss' if decoded else 'L1Loss'),
     )
     calls = spy_on(head.loss_cls)
     logits, deltas, rois, labels, weights, targets, box_weights = roi_batch()
@@ -309,17 +303,7 @@ def test_the_memory_keeps_what_rows_reach():
 
 
 def stock(loss):
-    head = MODELS.build(
-        dict(
-            type='Shared2FCBBoxHead',
-            in_channels=8,
-            fc_out_channels=16,
-            roi_feat_size=2,
-            num_classes=3,
-            loss_cls=loss,
-        )
-    )
-    return head.loss(*roi_batch())
+    return build_head('Shared2FCBBoxHead', loss).loss(*roi_batch())
 
 
 def call(overlaps):
@@ -370,12 +354,6 @@ def test_what_is_refused(make, error, match):
 # The average of the box loss
 
 
-def head_with(loss, box_avg):
-    cfg = dict(type='RaMBOShared2FCBBoxHead', in_channels=8, fc_out_channels=16)
-    cfg.update(roi_feat_size=2, num_classes=3, box_avg=box_avg)
-    return MODELS.build(dict(cfg, loss_cls=dict(type=loss)))
-
-
 @pytest.mark.parametrize(
     'kind, columns',
     [('RaMBOLoss', 3), ('APLoss', 3), ('RoIFocalLoss', 3), ('CrossEntropyLoss', 4)],
@@ -384,7 +362,7 @@ def test_box_losses_divided_by_the_positives(kind, columns, recwarn):
     torch.manual_seed(0)
     found = []
     for box_avg, labels in (('rows', None), ('positives', None), ('positives', 3)):
-        head = head_with(kind, box_avg)
+        head = build_head(HEAD, dict(type=kind), box_avg=box_avg)
         _, *given = roi_batch()
         given[2] = given[2] if labels is None else torch.full_like(given[2], labels)
         logits = torch.randn(8, columns)
@@ -395,4 +373,4 @@ def test_box_losses_divided_by_the_positives(kind, columns, recwarn):
     warned = [w for w in recwarn if 'the stock head would do' in str(w.message)]
     assert len(warned) == (kind not in ('RaMBOLoss', 'APLoss'))
     with pytest.raises(ValueError, match="box_avg must be 'rows' or 'positives'"):
-        head_with(kind, 'all')
+        build_head(HEAD, dict(type=kind), box_avg='all')

@@ -71,6 +71,7 @@ if not HAS_MMDET:
     sys.modules.update({name: ModuleType(name) for name in names})
     sys.modules.update({part.__name__: part for part in (registry, losses)})
 from rambo_det.functional import peers  # noqa: E402
+from rambo_det.functional.sequences import positive_indices  # noqa: E402
 from rambo_det.losses.rambo_loss import RaMBOLoss  # noqa: E402
 
 CASES = {  # rows, classes, positives
@@ -138,7 +139,7 @@ class Problem:
 
     @cached_property
     def positives(self) -> Tensor:
-        return peers.positive_index(self.logits, self.labels)
+        return positive_indices(self.labels, self.logits.size(1))
 
     @cached_property
     def quality(self) -> Tensor:

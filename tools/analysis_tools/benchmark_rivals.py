@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rambo_det.functional.peers import positive_index
+from rambo_det.functional.sequences import positive_indices
 
 
 def _normalised_rank(scores: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def literal_loss(
     costs time.
     """
     targets = torch.zeros_like(logits)
-    targets.view(-1)[positive_index(logits, labels)] = 1
+    targets.view(-1)[positive_indices(labels, logits.size(1))] = 1
     scores = logits - margin * (targets - 0.5)
     class_wise = _literal_term(scores.t(), targets.t(), lambd)
     pooled = _literal_term(scores.reshape(1, -1), targets.reshape(1, -1), lambd)
@@ -119,8 +119,8 @@ def map_histogram_loss(
         progress: Share of the training that is over. Higher overlaps weigh more then,
             and the mean over classes more than the AP of all classes together.
     """
-    flat, positives = logits.reshape(-1), positive_index(logits, labels)
     classes, last = logits.size(1), bins - 1
+    flat, positives = logits.reshape(-1), positive_indices(labels, classes)
     low, high = 1e-4, last - 1e-4
     # Places among the bins, the highest score and the highest overlap first.
     place = (limit - flat) * (last / (2 * limit))

@@ -153,11 +153,8 @@ def read_runs(path: Path = RESULTS) -> tuple[Runs, str]:
         The rows of each loss, and the name of ours: 'rambo', else the default before
         it, 'rambo-before', else ''.
     """
-    groups: dict[tuple[str, str], dict[str, dict[int, Any]]] = {}
-    for row in converged.read_rows(path):
-        if row['split'] == 'test':
-            group = groups.setdefault((row['data'], row['detector']), {})
-            group.setdefault(row['loss'], {})[row['seed']] = row
+    tested = (row for row in converged.read_rows(path) if row['split'] == 'test')
+    groups = converged.by_detector(tested)
     choices = []
     for (_, detector), group in groups.items():
         for rating, ours in enumerate(('', 'rambo-before', 'rambo')):
@@ -175,20 +172,20 @@ def read_runs(path: Path = RESULTS) -> tuple[Runs, str]:
 def result_text(runs: Runs, ours: str) -> str:
     """Return what the README says of the result, with its picture."""
     base = runs['ce'][0]
+    epochs = max(converged.ap50_curve(base))
     size = 160 if base['detector'].endswith('-tiny') else 224
     setting = (
         f'Faster R-CNN with MobileNetV2-FPN, 2,000 training and {base["images"]} test '
-        f'images of VOC 2007 at {size} pixels, {_epochs(base)[-1]} epochs, '
+        f'images of VOC 2007 at {size} pixels, {epochs} epochs, '
         f'{_seeds(runs)}'
     )
     if ours:
-        lines = converged.tables([row for k in ('ce', ours) for row in runs[k]])
-        lines = [
-            line[2:-2].split(' | ') for line in lines.split('\n') if line[:1] == '|'
-        ]
-        cells = {line[0]: dict(zip(lines[0], line)) for line in lines[2:]}
-        our, ce = cells[ours], cells['ce']
-        bounds = [float(x) for x in re.findall(r'[+-][.\d]+', our['Δ AP50'])[1:]]
+        our, ce = (
+            {key: converged.mean_text(runs[k], key) for key in ('AP50', 'AP')}
+            for k in (ours, 'ce')
+        )
+        difference = converged.difference_text(runs[ours], runs['ce'], 'AP50')
+        bounds = [float(x) for x in re.findall(r'[+-][.\d]+', difference)[1:]]
         if not bounds or min(bounds) <= 0 <= max(bounds):
             verdict = 'Such a difference may be chance.'
         else:
@@ -198,7 +195,7 @@ def result_text(runs: Runs, ours: str) -> str:
             f'{setting}. Only the classification loss differs, and cross-entropy has '
             'the loss weight and the learning rate that were best for it. AP50 is '
             f'{our["AP50"]} with `{NAMES.get(ours, ours)}` and {ce["AP50"]} with '
-            f'cross-entropy. The difference is {our["Δ AP50"]}{interval}. '
+            f'cross-entropy. The difference is {difference}{interval}. '
             f'{verdict} COCO AP is {our["AP"]} and {ce["AP"]}.'
         )
     else:
@@ -220,22 +217,14 @@ def _seeds(runs: Runs) -> str:
     return f'{count} seeds' if count > 1 else 'one seed'
 
 
-def _epochs(row: dict[str, Any]) -> list[int]:
-    """Return the epochs after which a run was evaluated."""
-    return [point['epoch'] for point in row['curve'] if 'AP50' in point]
-
-
 def draw_result(runs: Runs, path: Path, dpi: int = 150) -> None:
     """Draw AP50 over the epochs, thin for each seed and thick for the mean."""
     figure, axes = _figure(10, 3.6)
-    epochs = _epochs(runs['ce'][0])
+    epochs = list(converged.ap50_curve(runs['ce'][0]))
     colours = iter(COLOURS)
     ends = {}
     for loss, rows in runs.items():
-        curves = [
-            {point['epoch']: point['AP50'] for point in row['curve'] if 'AP50' in point}
-            for row in rows
-        ]
+        curves = [converged.ap50_curve(row) for row in rows]
         mean = {e: np.mean([curve[e] for curve in curves]) for e in epochs}
         colour = next(colours)
         for curve in curves:

@@ -2,13 +2,12 @@
 
     python tools/dev/write_metafile.py
 
-It lists every config, and under Results the means of the runs in ``docs/results`` that
-were made with it as it stands, without options.
+It lists every config, and under Results the means of the runs on the test split in
+``docs/results/converged.json`` that were made with it as it stands, without options.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -21,6 +20,7 @@ import yaml
 
 from tools import ROOT
 from tools.common.atomic_file import atomic_file
+from tools.experiments import converged
 
 METAFILE = ROOT / 'configs' / 'metafile.yml'
 HEADER = '# Written by tools/dev/write_metafile.py.\n'
@@ -32,15 +32,8 @@ COLLECTIONS = [
 
 def measured() -> dict[str, list[tuple[float, float]]]:
     """Return AP50 and AP of each run, in percent, by the name of its config."""
-    results = ROOT / 'docs' / 'results'
-    paths = sorted(results.glob('*/*_seed_*.json'))
-    runs = [json.loads(path.read_text(encoding='utf-8')) for path in paths]
     found = defaultdict(list)
-    for run in runs:
-        if not run['options']:
-            found[run['config']].append((100 * run['ap50'], 100 * run['ap']))
-    converged = json.loads((results / 'converged.json').read_text(encoding='utf-8'))
-    for run in converged['runs']:
+    for run in converged.read_rows(converged.OUT):
         if run['split'] == 'test' and not run['options']:
             found[Path(run['config']).stem].append((run['AP50'], run['AP']))
     return found

@@ -179,14 +179,30 @@ def run(args: argparse.Namespace) -> int:
     return failed
 
 
-def _mean(rows: Sequence[Row], key: str, form: str = '.1f') -> str:
+def ap50_curve(row: Row) -> dict[int, float]:
+    """Return AP50 after each epoch after which a run was evaluated."""
+    return {point['epoch']: point['AP50'] for point in row['curve'] if 'AP50' in point}
+
+
+def by_detector(
+    rows: Iterable[Row],
+) -> dict[tuple[str, str], dict[str, dict[int, Row]]]:
+    """Sort rows by data set and detector, then by loss, then by seed."""
+    groups: dict[tuple[str, str], dict[str, dict[int, Row]]] = {}
+    for row in rows:
+        group = groups.setdefault((row['data'], row['detector']), {})
+        group.setdefault(row['loss'], {})[row['seed']] = row
+    return groups
+
+
+def mean_text(rows: Sequence[Row], key: str, form: str = '.1f') -> str:
     """Lay out a mean, with the standard deviation where there is one."""
     values = [row[key] for row in rows]
     text = f'{np.mean(values):{form}}'
     return f'{text} ± {np.std(values, ddof=1):{form}}' if len(values) > 1 else text
 
 
-def _difference(rows: Sequence[Row], base: Sequence[Row], key: str) -> str:
+def difference_text(rows: Sequence[Row], base: Sequence[Row], key: str) -> str:
     """Lay out the mean of the paired differences, with Student's 95 % interval."""
     values = [a[key] - b[key] for a, b in zip(rows, base)]
     mean, count = np.mean(values), len(values)
@@ -197,19 +213,21 @@ def _difference(rows: Sequence[Row], base: Sequence[Row], key: str) -> str:
 
 
 def _table(by_loss: dict[str, list[Row]]) -> str:
-    curves = {
-        loss: [{p['epoch']: p['AP50'] for p in r['curve'] if 'AP50' in p} for r in rows]
-        for loss, rows in by_loss.items()
-    }
+    curves = {loss: [*map(ap50_curve, rows)] for loss, rows in by_loss.items()}
     epochs = sorted({epoch for found in curves.values() for epoch in found[0]})
     head = ['AP50', 'AP', 'AP75', 'best F1', 'at score', 'F1 at 0.5', 'Δ AP50', 'Δ AP']
     lines = [['loss', *head, *(f'epoch {epoch}' for epoch in epochs)]]
     for loss, rows in by_loss.items():
-        cells = [_mean(rows, key) for key in ('AP50', 'AP', 'AP75', 'best_f1')]
-        cells += [_mean(rows, 'best_threshold', '.2f'), _mean(rows, 'f1_at_half')]
+        cells = [mean_text(rows, key) for key in ('AP50', 'AP', 'AP75', 'best_f1')]
+        cells += [
+            mean_text(rows, 'best_threshold', '.2f'),
+            mean_text(rows, 'f1_at_half'),
+        ]
         for key in ('AP50', 'AP'):
             paired = loss != BASELINE and BASELINE in by_loss
-            cells.append(_difference(rows, by_loss[BASELINE], key) if paired else '')
+            cells.append(
+                difference_text(rows, by_loss[BASELINE], key) if paired else ''
+            )
         for epoch in epochs:
             values = [curve[epoch] for curve in curves[loss] if epoch in curve]
             cells.append(f'{np.mean(values):.1f}' if len(values) == len(rows) else '')
@@ -222,12 +240,8 @@ def tables(rows: Sequence[Row]) -> str:
 
     A table holds the losses with just these seeds, and the baseline's runs of them.
     """
-    groups: dict[tuple[str, str], dict[str, dict[int, Row]]] = {}
-    for row in rows:
-        group = groups.setdefault((row['data'], row['detector']), {})
-        group.setdefault(row['loss'], {})[row['seed']] = row
     texts = []
-    for (data, detector), group in sorted(groups.items()):
+    for (data, detector), group in sorted(by_detector(rows).items()):
         order = sorted(group, key=lambda loss: (loss != BASELINE, loss))
         sets = {tuple(sorted(found)) for found in group.values()}
         for seeds in sorted(sets, key=lambda seeds: (-len(seeds), seeds)):

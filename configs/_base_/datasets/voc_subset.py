@@ -1,29 +1,14 @@
 # PASCAL VOC layout, images of about 224 pixels. Unlike in mmdet's VOC base there is no
 # bbox_min_size: it turns small objects into ignored ones in training while the test
 # counts them.
+_base_ = './voc_pipelines.py'
+
 dataset_type = 'VOCDataset'
 data_root = '{{$RAMBO_VOC_SUBSET:data/VOCdevkit/}}'
 data_prefix = dict(sub_data_root='VOC2007/')
 
-train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations', with_bbox=True),
-    dict(type='Resize', scale=(224, 224), keep_ratio=True),
-    # A box without area, as real data has and clipping makes, makes the box loss NaN.
-    dict(type='FilterAnnotations', min_gt_bbox_wh=(0, 0), keep_empty=False),
-    dict(type='RandomFlip', prob=0.5),
-    dict(type='PackDetInputs'),
-]
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(224, 224), keep_ratio=True),
-    # Loaded after the resize: the test compares boxes of the original size.
-    dict(type='LoadAnnotations', with_bbox=True),
-    dict(
-        type='PackDetInputs',
-        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
-    ),
-]
+train_pipeline = _base_.train_pipeline
+test_pipeline = _base_.test_pipeline
 train_dataloader = dict(
     batch_size=4,
     num_workers=0,
