@@ -25,10 +25,9 @@ import numpy as np
 from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
 
-from tools import ROOT
 from tools.common.atomic_file import atomic_file
 
-TRAIN, TEST = ROOT / 'tools' / 'train.py', ROOT / 'tools' / 'test.py'
+TRAIN, TEST = (Path(__file__).with_name(f'{name}.py') for name in ('train', 'test'))
 KEY = 'pascal_voc/mAP'  # one IoU threshold, 0.5: AP50, not rounded
 PACKAGES = ('torch', 'mmdet', 'mmcv', 'mmengine', 'rambo_det')
 _VARIABLE = re.compile(r'\{\{[\'"]?\s*\$(\w+)\s*:\s*(\S*?)\s*[\'"]?\}\}')
