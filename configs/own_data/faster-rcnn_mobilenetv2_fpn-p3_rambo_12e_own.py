@@ -9,6 +9,8 @@ model = dict(
         bbox_head=dict(
             type='RaMBOShared2FCBBoxHead',
             num_classes=len(_base_.classes),
+            box_avg='positives',
+            loss_bbox=dict(loss_weight=0.25),
             loss_cls=dict(_delete_=True, type='RaMBOLoss'),
         )
     )

@@ -9,7 +9,10 @@ model = dict(
             type='RaMBOShared2FCBBoxHead',
             num_classes=len(_base_.classes),
             loss_cls=dict(_delete_=True, type='RaMBOLoss'),
+            box_avg='positives',
+            loss_bbox=dict(loss_weight=0.25),
         )
     ),
+    train_cfg=dict(rcnn=dict(sampler=dict(num=1024))),  # all proposals
     test_cfg=dict(rcnn=dict(score_thr=0.0001)),  # docs/detectors.md, Thresholds
 )

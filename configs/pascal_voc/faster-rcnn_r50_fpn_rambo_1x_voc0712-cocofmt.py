@@ -10,7 +10,13 @@ model = dict(
         bbox_head=dict(
             type='RaMBOShared2FCBBoxHead',
             loss_cls=dict(_delete_=True, type='RaMBOLoss'),
+            box_avg='positives',
+            loss_bbox=dict(loss_weight=0.25),
         )
+    ),
+    train_cfg=dict(
+        rpn=dict(assigner=dict(ignore_iof_thr=0.5)),
+        rcnn=dict(assigner=dict(ignore_iof_thr=0.5), sampler=dict(num=1024)),
     ),
     test_cfg=dict(rcnn=dict(score_thr=0.0001)),  # docs/detectors.md, Thresholds
 )
