@@ -13,6 +13,10 @@ model = dict(
             loss_bbox=dict(loss_weight=0.25),
         )
     ),
-    train_cfg=dict(rcnn=dict(sampler=dict(num=1024))),  # all proposals
+    # What lies on a difficult object is no negative, and all proposals are ranked.
+    train_cfg=dict(
+        rpn=dict(assigner=dict(ignore_iof_thr=0.5)),
+        rcnn=dict(assigner=dict(ignore_iof_thr=0.5), sampler=dict(num=1024)),
+    ),
     test_cfg=dict(rcnn=dict(score_thr=0.0001)),  # docs/detectors.md, Thresholds
 )

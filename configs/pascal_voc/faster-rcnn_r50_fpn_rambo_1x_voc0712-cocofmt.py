@@ -14,9 +14,6 @@ model = dict(
             loss_bbox=dict(loss_weight=0.25),
         )
     ),
-    train_cfg=dict(
-        rpn=dict(assigner=dict(ignore_iof_thr=0.5)),
-        rcnn=dict(assigner=dict(ignore_iof_thr=0.5), sampler=dict(num=1024)),
-    ),
+    train_cfg=dict(rcnn=dict(sampler=dict(num=1024))),  # all proposals
     test_cfg=dict(rcnn=dict(score_thr=0.0001)),  # docs/detectors.md, Thresholds
 )
