@@ -25,10 +25,11 @@ class Exchange:
 
     Args:
         count: How many numbers a process sends.
+        loss: What messages call the loss.
     """
 
-    def __init__(self, count: int) -> None:
-        self._count = count
+    def __init__(self, count: int, loss: str = 'RaMBOLoss') -> None:
+        self._count, self._loss = count, loss
 
     def __call__(self, numbers: Tensor, columns: Sequence[Tensor]) -> Received:
         """Send to all processes and return what they sent; all must call this.
@@ -46,9 +47,9 @@ class Exchange:
         failed = [str(rank) for rank, (fails, *_) in enumerate(headers) if fails]
         if failed:
             raise RuntimeError(
-                f'RaMBOLoss: process {", ".join(failed)} stopped at what its head gave '
-                'to the loss, and without it there is no ranking over all processes. '
-                'Its own error message says what was wrong'
+                f'{self._loss}: process {", ".join(failed)} stopped at what its head '
+                'gave to the loss, and without it there is no ranking over all '
+                'processes. Its own error message says what was wrong'
             )
         counts = [count for _, count, *_ in headers]
         return Received(
