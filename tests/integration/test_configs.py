@@ -28,6 +28,12 @@ FASTER = [name for name in CONFIGS if Path(name).name.startswith('faster-rcnn')]
 OTHERS = [name for name in CONFIGS if name not in FASTER]
 HEAD = 'model.roi_head.bbox_head'
 LOSS = {f'{HEAD}.loss_cls', f'{HEAD}.type', 'custom_imports'}
+BOX = {f'{HEAD}.box_avg', f'{HEAD}.loss_bbox.loss_weight'}
+SAMPLER = 'model.train_cfg.rcnn.sampler.num'
+IGNORE = {
+    f'model.train_cfg.{stage}.assigner.ignore_iof_thr' for stage in ('rpn', 'rcnn')
+}
+RECIPE = LOSS | BOX | {SAMPLER}
 NO_TWINS = ('pascal_voc', 'own_data')  # mmdet has those of cross-entropy
 register_all_modules()
 
@@ -142,7 +148,7 @@ def parts(value, path=''):
 CHANGED = re.compile(
     r'(^custom_imports|^custom_hooks|^voc_|^training_checks|_scope_$'
     r'|^default_hooks\.(invalid_loss|num_class_check)'
-    r'|\.loss_cls\.|\.num_classes$|\.score_thr$'
+    r'|\.loss_cls\.|\.num_classes$|\.score_thr$|\.ignore_iof_thr$'
     r'|(bbox|rpn)_head(\.\d)?\.type$'
     r'|_dataloader\.dataset\.(data_root|ann_file|data_prefix\.img|metainfo\.)'
     r'|_evaluator\.ann_file$)'
@@ -195,6 +201,7 @@ CHECKS = {
 }
 THRESHOLD = 'model.test_cfg.rcnn.score_thr'
 RPN = {'model.rpn_head.type', 'model.rpn_head.loss_cls'}
+PAPERS = 'faster-rcnn_r50_fpn_rambo-paper_1x_voc07.py'
 PAPER = {
     'train_dataloader.batch_size',
     'optim_wrapper.optimizer.lr',
@@ -215,30 +222,34 @@ PAPER = {
         ('faster-rcnn_x101-32x4d_fpn_rambo_1x_voc0712.py', X101),
         ('faster-rcnn_r50_fpn_rambo_1x_voc07.py', VOC07),
         ('faster-rcnn_r50_fpn_rambo-image_1x_voc07.py', VOC07),
-        ('faster-rcnn_r50_fpn_rambo-paper_1x_voc07.py', VOC07 | PAPER),
         ('faster-rcnn_r50_fpn_rambo-rpn_1x_voc0712.py', RPN),
         ('faster-rcnn_r50_fpn_4conv1fc-rambo_1x_voc0712.py', set()),
     ],
 )
 def test_only_the_intended_keys_differ_from_the_baseline_of_mmdet(name, extra):
     found = differences(baseline(), load(f'pascal_voc/{name}'))
-    assert found == LOSS | CHECKS | {THRESHOLD} | extra
+    assert found == RECIPE | IGNORE | CHECKS | {THRESHOLD} | extra
+
+
+def test_the_papers_settings_keep_the_sample_and_the_box_loss_of_mmdet():
+    found = differences(baseline(), load(f'pascal_voc/{PAPERS}'))
+    assert found - {f'{HEAD}.box_avg'} == LOSS | CHECKS | {THRESHOLD} | VOC07 | PAPER
 
 
 def test_every_pascal_voc_config_is_compared_above():
     test = test_only_the_intended_keys_differ_from_the_baseline_of_mmdet
     compared = {name for name, _ in test.pytestmark[0].args[1]}
-    assert {f'pascal_voc/{name}' for name in compared} == {
+    assert {f'pascal_voc/{name}' for name in {*compared, PAPERS}} == {
         name
         for name in FASTER
         if name.startswith('pascal_voc') and not name.endswith('-cocofmt.py')
     }
 
 
-def test_coco_format_differs_from_that_of_mmdet_in_the_loss_alone():
+def test_coco_format_differs_from_that_of_mmdet_in_the_recipe_alone():
     name = 'pascal_voc/faster-rcnn_r50_fpn_{}1x_voc0712-cocofmt.py'
     found = differences(baseline(name.format('')), load(name.format('rambo_')))
-    assert found == LOSS | CHECKS | {THRESHOLD}
+    assert found == RECIPE | CHECKS | {THRESHOLD}
 
 
 def test_voc07_is_the_first_half_of_the_baseline():
@@ -259,6 +270,20 @@ def test_voc07_is_the_first_half_of_the_baseline():
 def test_twins_differ_in_the_loss_alone(rambo):
     found = differences(load(rambo.replace('_rambo_', '_ce_')), load(rambo))
     assert found <= LOSS
+
+
+@pytest.mark.parametrize('name', [n for n in CONFIGS if '_rambo-before_' in n])
+def test_the_default_before_differs_in_the_sample_and_the_box_loss(name):
+    found = differences(load(name.replace('_rambo-before_', '_rambo_')), load(name))
+    assert found == BOX | {SAMPLER}
+
+
+@pytest.mark.parametrize('name', [n for n in FASTER if '_rambo_' in n])
+def test_every_proposal_is_ranked_and_the_box_loss_keeps_its_strength(name):
+    cfg = load(name)
+    rcnn, proposals = cfg.model.train_cfg.rcnn, cfg.model.train_cfg.rpn_proposal
+    assert rcnn.sampler.num > proposals.max_per_img
+    assert cfg.model.roi_head.bbox_head.box_avg == 'positives'
 
 
 @pytest.mark.parametrize('name', [n for n in CONFIGS if 'rambo-image' in n])
