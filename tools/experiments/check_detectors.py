@@ -60,7 +60,8 @@ def configs() -> list[Path]:
     return sorted(
         path
         for path in CONFIGS.glob('*/*.py')
-        if path.parent.name not in ('_base_', 'own_data') and 'rambo' in path.stem
+        if path.parent.name not in ('_base_', 'own_data', 'reid')
+        and 'rambo' in path.stem
     )
 
 
