@@ -16,7 +16,7 @@ __all__ = ['__version__', 'functional']
 # mmcv, say) must be reported, not silently leave the registry empty.
 if find_spec('mmdet') is not None:
     from . import heads, hooks, registry
-    from .checkpoint import allow_mmengine_checkpoints
+    from .checkpoint import check_what_mmengine_loads
     from .explanations import explain_errors
     from .heads import *  # noqa: F403
     from .hooks import *  # noqa: F403
@@ -30,7 +30,7 @@ if find_spec('mmdet') is not None:
     )
     from .own_data import OwnDataRunner
 
-    allow_mmengine_checkpoints()
+    check_what_mmengine_loads()
     explain_errors()
     __all__ += [
         'APLoss',

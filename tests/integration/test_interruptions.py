@@ -17,8 +17,8 @@ from tests.helpers.demo_configs import RAMBO
 pytest.importorskip('mmdet', reason='runs the scripts of mmdet')
 from mmengine.config import Config
 
+from rambo_det.checkpoint import load_checkpoint
 from tests.helpers import detectors
-from tests.helpers.checkpoints import load_checkpoint
 from tests.integration.test_end_to_end import run
 from tests.integration.test_import import HIDE
 
