@@ -97,6 +97,12 @@ class SafeCheckpointHook(CheckpointHook):
                 for path in folder.glob(f'*{UNFINISHED}'):
                     path.unlink()
 
+    def before_train(self, runner: Any) -> None:
+        """Go on with what a resumed training had saved last."""
+        super().before_train(runner)
+        if runner._resume:  # else saving the best one leaves that as it is
+            self.last_ckpt = runner.message_hub.runtime_info.get('last_ckpt')
+
     def before_save_checkpoint(self, runner: Any, checkpoint: Dict[str, Any]) -> None:
         """Note which files this one replaces, should their removal be interrupted."""
         checkpoint[_KEY] = [Path(path).name for path, _ in self.file_backend.removed]
