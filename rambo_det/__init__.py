@@ -19,7 +19,7 @@ if find_spec('mmdet') is not None:
 
     import_mmpretrain()
     from . import heads, hooks, registry
-    from .checkpoint import allow_mmengine_checkpoints
+    from .checkpoint import check_what_mmengine_loads
     from .explanations import explain_errors
     from .heads import *  # noqa: F403
     from .hooks import *  # noqa: F403
@@ -34,7 +34,7 @@ if find_spec('mmdet') is not None:
     )
     from .own_data import OwnDataRunner
 
-    allow_mmengine_checkpoints()
+    check_what_mmengine_loads()
     explain_errors()
     __all__ += [
         'APLoss',

@@ -1,7 +1,7 @@
 """RaMBO: average precision as the classification loss of a detector."""
 
 import warnings
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, ContextManager, Dict, List, Optional, Sequence
 
 import torch
 from mmdet.registry import MODELS
@@ -191,7 +191,7 @@ class RaMBOLoss(Remembering, RankingLoss):
         self._fills_memory = memory > 0 and any(t.span == 'memory' for t in self.terms)
         self._memory = ScoreMemory(memory)
         self.ranked = Ranked()
-        self._exchange = Exchange(1 + len(self.terms))
+        self._exchange = Exchange(self.name)
         self._reported: Dict[str, Tensor] = {}
         self._calls_without_positive: Optional[int] = 0
         self._warned_about_images = False
@@ -276,8 +276,8 @@ class RaMBOLoss(Remembering, RankingLoss):
             RuntimeError: If the head that calls has to tell the images and does not, or
                 if another process refused what it got.
         """
-        together = self._ranks_together(images)
-        try:
+        together = self._ranks_together(images is not None)
+        with self._exchange.expected(together):
             check_reduction(self.name, reduction_override)
             by_image = any(term.span == 'image' for term in self.terms)
             rows = check_rows(self, pred, target, weight, images, objects, by_image)
@@ -286,15 +286,11 @@ class RaMBOLoss(Remembering, RankingLoss):
             levels = self._levels(target, overlaps)
             scores, labels = self.ranked(self._scores(rows.pred), rows.labels)
             rankings = [self._ranking(term, rows) for term in self.terms]
-        except Exception:
-            if together:  # the others wait for this process
-                self._exchange.refuse(getattr(pred, 'device', torch.device('cpu')))
-            raise
-        margin = self.margin * self.factors['margin']
-        noise = self.margin_noise and margin > 0
-        step = Step(scores, labels, levels, rows.any_ignored)
-        if together:
-            step = gather_step(self._exchange, step, rankings, noise)
+            margin = self.margin * self.factors['margin']
+            noise = self.margin_noise and margin > 0
+            step = Step(scores, labels, levels, rows.any_ignored)
+            if together:
+                step = gather_step(self._exchange, step, rankings, noise)
         rankings = [step.place(ranking) for ranking in rankings]
         scores, labels, past = step.scores, step.labels, []
         if self.training and self._fills_memory:
@@ -339,9 +335,13 @@ class RaMBOLoss(Remembering, RankingLoss):
             loss = loss + share * other
         return loss
 
-    def _ranks_together(self, images: Optional[Images]) -> bool:
-        """Return whether this call is one of all processes."""
-        wanted = images is not None if self.gather is None else self.gather
+    def expected(self) -> ContextManager[None]:
+        """Return what a head enters before it computes what the loss then ranks."""
+        return self._exchange.expected(self._ranks_together(tells_images=True))
+
+    def _ranks_together(self, tells_images: bool) -> bool:
+        """Return whether a call is one of all processes."""
+        wanted = tells_images if self.gather is None else self.gather
         return self.training and wanted and get_world_size() > 1
 
     def _levels(self, target: Any, overlaps: Optional[Tensor]) -> Optional[Tensor]:

@@ -122,7 +122,7 @@ class RaMBORetrievalLoss(Remembering, nn.Module):
         self.memory = steps('memory', memory, self.name)
         self._memory = ScoreMemory(memory, self.name)
         self._fills_memory = memory > 0
-        self._exchange = Exchange(2, self.name)
+        self._exchange = Exchange(self.name)
         self._calls_without_positive = 0
 
     @property
@@ -158,15 +158,10 @@ class RaMBORetrievalLoss(Remembering, nn.Module):
             RuntimeError: If another process refused what it got.
         """
         together = self.training and self.gather and get_world_size() > 1
-        device = getattr(feats, 'device', torch.device('cpu'))
-        try:
+        with self._exchange.expected(together):
             feats, labels = self._checked(feats, labels)
-        except Exception:
-            if together:  # the others wait for this process
-                self._exchange.refuse(device)
-            raise
-        with torch.autocast(device.type, enabled=False):
-            return self._loss(at_least_float32(feats), labels, together)
+            with torch.autocast(feats.device.type, enabled=False):
+                return self._loss(at_least_float32(feats), labels, together)
 
     def _checked(self, feats: Any, labels: Any) -> Tuple[Tensor, Tensor]:
         """Return the arguments of a call, unless something is wrong with them."""

@@ -265,8 +265,8 @@ RaMBORetrievalLoss(memory=1).set_extra_state(dict(steps=3))
     ValueError: RaMBORetrievalLoss: the memory in the checkpoint must be … got dict
 RaMBOLoss(class_ap=dict(span='memory')).set_extra_state(dict(steps=3))
     ValueError: the memory in the checkpoint must be … got dict(steps=3); remove the
-rambo_det.checkpoint._getattr(pickle, 'loads')
-    TypeError: refusing to load getattr… from a checkpoint
+rambo_det.safe_pickle._getattr(pickle, 'loads')
+    UnpicklingError: refusing to load getattr…'loads'
 """
 LINES = [line for line in CASES.splitlines() if line]
 NAMES = {
