@@ -12,6 +12,8 @@ from mmdet.registry import DATASETS
 from mmdet.utils import register_all_modules
 from PIL import Image
 
+import rambo_det  # noqa: F401 - explains some errors of XMLDataset
+
 CLASSES = ('cat', 'red cell', 'dog')
 LISTS = ('train', 'val', 'test')
 _CORNERS = ('xmin', 'ymin', 'xmax', 'ymax')
@@ -230,6 +232,7 @@ def data_set(root, stem, images='JPEGImages', annotations='Annotations'):
             ann_subdir=annotations,
             metainfo=dict(classes=CLASSES),
             filter_cfg=dict(filter_empty_gt=False),
+            serialize_data=False,  # which collects garbage, slowly
             pipeline=[
                 dict(type='LoadImageFromFile'),
                 dict(type='LoadAnnotations', with_bbox=True),

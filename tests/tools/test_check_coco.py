@@ -52,6 +52,7 @@ def instances(file):
             data_prefix=dict(img='images'),
             metainfo=dict(classes=CLASSES),
             filter_cfg=dict(filter_empty_gt=False),
+            serialize_data=False,  # which collects garbage, slowly
             pipeline=[
                 dict(type='LoadImageFromFile'),
                 dict(type='LoadAnnotations', with_bbox=True),

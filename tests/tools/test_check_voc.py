@@ -88,7 +88,7 @@ def copy_image(root):
 
 def roboflow(root):
     for stem, split in (('x_jpg.rf.0a1', 'train'), ('x_jpg.rf.b2c', 'test')):
-        put(f'JPEGImages/{stem}.jpg', fresh(int(split == 'test')))(root)
+        put(f'JPEGImages/{stem}.jpg', fresh(8 + (split == 'test')))(root)
         put(f'Annotations/{stem}.xml', objects())(root)
         path = root / f'ImageSets/Main/{split}.txt'
         path.write_text(f'{path.read_text()}{stem}\n')

@@ -20,7 +20,7 @@ _PARTS = {('train', 'trainval'), ('trainval', 'val')}
 # Roboflow's NAME_jpg.rf.HASH.jpg
 ROBOFLOW = re.compile(r'(_(jpe?g|png|bmp|webp))?\.rf\.[0-9A-Za-z]+$', re.I)
 # Hashes of 64 bits and thumbnails of one photograph, of another size or compression.
-_BITS, _CORRELATION = 6, 0.97
+_BITS, _CORRELATION = 10, 0.97
 _POPCOUNT = np.array([bin(i).count('1') for i in range(256)], np.uint8)
 
 
