@@ -15,11 +15,11 @@ from mmdet.evaluation.functional.mean_ap import (
     tpfp_default,
 )
 from mmdet.registry import DATASETS
-from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from rambo_det.own_data import follow_own_data
 from rambo_det.safe_pickle import load_predictions
+from tools.common.wrong_calls import read_config, reading
 
 HIT, MISS, IGNORED = 1, -1, 0
 _COLUMNS = dict(bboxes='boxes', scores='scores', labels='labels')
@@ -275,12 +275,13 @@ def load_run(
     Raises:
         ValueError: If the predictions are not those of the config's dataset.
     """
-    cfg = follow_own_data(Config.fromfile(config))
+    cfg = follow_own_data(read_config(config))
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
     classes = tuple(dataset.metainfo['classes'])
     infos = [dataset.get_data_info(index) for index in range(len(dataset))]
-    dumped = _predictions(predictions)
+    with reading(Path(predictions), 'the file of tools/test.py --out'):
+        dumped = _predictions(predictions)
     names = [str(info['img_id']) for info in infos]
 
     missing = [name for name in names if name not in dumped]

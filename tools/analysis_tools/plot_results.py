@@ -13,7 +13,6 @@ Works for every dataset of boxes that mmdet can load, VOC or COCO.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Sequence
@@ -32,6 +31,7 @@ from matplotlib import patheffects
 
 from tools.analysis_tools.detections import Run, load_run
 from tools.common.markdown_table import markdown_table
+from tools.common.wrong_calls import Parser, at_least, readable_file, writable_folder
 
 _RUN_COLOURS = dict(blue='tab:blue', orange='tab:orange')
 
@@ -214,33 +214,36 @@ def table(runs: Sequence[Run]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('config')
-    parser.add_argument('predictions', help='file written by tools/test.py --out')
-    parser.add_argument('--out', required=True, help='folder for the pictures')
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument('config', type=readable_file)
+    parser.add_argument(
+        'predictions', type=readable_file, help='file written by tools/test.py --out'
+    )
+    parser.add_argument(
+        '--out', type=writable_folder, required=True, help='folder for the pictures'
+    )
     parser.add_argument(
         '--compare',
         nargs=2,
+        type=readable_file,
         metavar=('CONFIG', 'PREDICTIONS'),
         help='a second run on the same test data',
     )
-    parser.add_argument('--images', type=int, default=6, help='how many to draw')
+    parser.add_argument(
+        '--images', type=at_least(1), default=6, help='how many to draw'
+    )
     parser.add_argument('--iou', type=float, default=0.5)
     parser.add_argument(
         '--score-thr', type=float, help="lowest score to draw (default: best F1's)"
     )
     args = parser.parse_args(argv)
-    if args.images < 1:
-        parser.error(f'--images must be at least 1, got {args.images}')
     if not 0 < args.iou < 1:
         parser.error(f'--iou must lie between 0 and 1, got {args.iou}')
-    try:
+    with parser.refusing():
         runs = [load_run(args.config, args.predictions, iou=args.iou)]
         if args.compare:
             runs.append(load_run(*args.compare, iou=args.iou))
         paths = plot_all(runs, args.out, args.images, args.score_thr)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f'plot_results: {error}')
     print(f'AP at IoU {args.iou:g} (VOC, {runs[0].eval_mode}):')
     print(table(runs))
     for path in paths:
