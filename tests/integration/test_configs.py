@@ -298,6 +298,23 @@ def test_every_proposal_is_ranked_and_the_box_loss_keeps_its_strength(name):
     assert cfg.model.roi_head.bbox_head.box_avg == 'positives'
 
 
+FINETUNE = [n for n in CONFIGS if '_rambo-finetune_' in n]
+
+
+@pytest.mark.parametrize('name', FINETUNE)
+def test_fine_tuning_starts_from_a_checkpoint_as_its_twin_does(name, monkeypatch):
+    monkeypatch.setenv('RAMBO_START', '/elsewhere/start.pth')
+    ours, twin = load(name), load(name.replace('_rambo-', '_ce-'))
+    assert differences(twin, ours) <= LOSS
+    assert ours.load_from == twin.load_from == '/elsewhere/start.pth'
+    (base,) = (n for n in FASTER if n.startswith(name.split('-finetune')[0] + '_'))
+    changed = {'load_from', 'param_scheduler', 'optim_wrapper.optimizer.lr'}
+    changed |= {'train_cfg.max_epochs', 'train_cfg.val_interval'}
+    found = differences(load(base), ours)
+    assert {path for path in found if not path.startswith('finetune_')} == changed
+    assert ours.param_scheduler[-1].end == ours.train_cfg.max_epochs == 4
+
+
 @pytest.mark.parametrize('name', [n for n in CONFIGS if 'rambo-image' in n])
 def test_the_image_variant_changes_the_spans_alone(name):
     changed = load(name).model.roi_head.bbox_head.loss_cls

@@ -65,12 +65,16 @@ START, END = 5, 10  # steps whose mean AP is that of the start and of the end
 
 
 def configs() -> list[Path]:
-    """Return the shipped configs that train with RaMBO; own_data repeats heads."""
+    """Return the shipped configs that train with RaMBO.
+
+    Not those in own_data, nor for fine-tuning, which repeat detectors.
+    """
     return sorted(
         path
         for path in CONFIGS.glob('*/*.py')
         if path.parent.name not in ('_base_', 'own_data', 'reid')
         and 'rambo' in path.stem
+        and 'finetune' not in path.stem
     )
 
 
