@@ -1,7 +1,9 @@
 """RaMBORetrievalLoss against the mean of oracle losses, and what mmdet asks of it."""
 
+import sys
 import warnings
 from importlib import import_module
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -195,6 +197,7 @@ def test_a_training_without_positives_says_so():
 def test_it_takes_the_place_of_mmdets_triplet_loss(with_cross_entropy):
     if linear_reid_head.mmpretrain is None:
         pytest.skip('mmdet has ReID heads only with mmpretrain')
+    assert find_spec('torchvision') or 'torchvision' not in sys.modules
     init_default_scope('mmdet')
     other = dict(type='mmpretrain.CrossEntropyLoss') if with_cross_entropy else None
     head = UnitReIDHead(

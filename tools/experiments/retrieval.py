@@ -15,7 +15,7 @@ mmdet's ReIDMetrics does it, every image a query and all others the gallery.
 A row: ``data``, ``model``, ``loss`` and ``seed`` name it. In percent: ``R1``, ``R5``
 and ``mAP``, ``recall``, which is R@k for k = 1..20, and ``curve``, R@1 and mAP after
 so many steps. ``seconds``: of the training, without tests. ``nearest``: some images
-with those nearest to them.
+with those nearest to them, but in the tuning.
 """
 
 from __future__ import annotations
@@ -58,25 +58,26 @@ TUNING = [
     'test_dataloader.dataset.ann_file=meta/tuning-test.txt',
 ]
 _HEAD, _LOSS = 'model.head', 'model.head.loss_triplet'
-# For each loss what is tried, beside what its config has.
+_RATE = 'optim_wrapper.optimizer.lr'
+# For each loss what is tried. Each one sets all that is tuned.
 GRID = {
-    'triplet': {
-        'm0.1': [f'{_LOSS}.margin=0.1'],
-        'm0.6': [f'{_LOSS}.margin=0.6'],
-    },
+    'triplet': {f'm{m}': [f'{_LOSS}.margin={m}'] for m in (0.1, 0.3, 0.6)},
     'ce': {
-        'lr10': ['optim_wrapper.optimizer.lr=1e-2'],
-        'linear': [f'{_HEAD}.type=LinearReIDHead'],
+        'lr3': [f'{_RATE}=3e-3'],
+        'lr10': [f'{_RATE}=1e-2'],
+        'linear': [f'{_RATE}=3e-3', f'{_HEAD}.type=LinearReIDHead'],
     },
-    'rambo-recall': {
-        'm0.4': [f'{_LOSS}.margin=0.4'],
-        'memory': [f'{_LOSS}.memory=4'],
+    **{
+        loss: {
+            f'm{margin}-t{memory}': [
+                f'{_LOSS}.margin={margin}',
+                f'{_LOSS}.memory={memory}',
+            ]
+            for margin, memory in ((0.2, 0), (0.4, 0), (0.2, 20), (0.4, 20))
+        }
+        for loss in ('rambo-recall', 'rambo-ap')
     },
-    'rambo-ap': {
-        'm0.4': [f'{_LOSS}.margin=0.4'],
-        'memory': [f'{_LOSS}.memory=4'],
-    },
-    'rambo-paper': {'l0.5': [f'{_LOSS}.lambd=0.5']},
+    'rambo-paper': {f'l{value}': [f'{_LOSS}.lambd={value}'] for value in (0.5, 4.0)},
 }
 NOTE = (
     'In percent; mean ± standard deviation over seeds. Below each loss: the mean '
@@ -199,7 +200,7 @@ def run(args: argparse.Namespace) -> None:
     for seed in args.seeds:
         for path in args.configs:
             loss = names(path.stem)['loss']
-            grid = {'': [], **GRID.get(loss, {})} if args.tune else {'': []}
+            grid = GRID[loss] if args.tune else {'': []}
             for variant, options in grid.items():
                 named = names(
                     path.stem, '-'.join(filter(None, [loss, variant])), args.tune
@@ -220,6 +221,8 @@ def run(args: argparse.Namespace) -> None:
         cfg = Config.fromfile(path)
         cfg.merge_from_dict({**parse_options(options), 'randomness.seed': seed})
         found = train(cfg, args.work_dir / name / f'seed_{seed}')
+        if args.tune:
+            del found['nearest']
         row = dict(
             **named,
             seed=seed,
