@@ -108,7 +108,7 @@ def test_a_real_training_becomes_a_row_and_a_picture(
     ]
     monkeypatch.setattr(retrieval, 'TUNING', options)
     monkeypatch.setattr(retrieval, 'GRID', {'rambo-recall': {'m': []}})
-    (path,) = (p for p in retrieval.CONFIGS if 'rambo-recall' in p.name)
+    (path,) = (p for p in retrieval.CONFIGS if 'rambo-recall_' in p.name)
     arguments = [str(path), '--out', str(tmp_path / 'rows.json'), '--tune']
     retrieval.main([*arguments, '--work-dir', str(tmp_path)])
     (row,) = converged.read_rows(tmp_path / 'rows.json')
@@ -132,7 +132,7 @@ def test_the_page_shows_what_the_file_holds():
     page = (ROOT / 'docs' / 'retrieval.md').read_text(encoding='utf-8')
     start, end = retrieval.MARKS
     shown = page.split(start)[1].split(end)[0].strip()
-    assert shown == retrieval.tables(converged.read_rows(retrieval.OUT), False)
+    assert shown == retrieval.table(converged.read_rows(retrieval.OUT), False)
 
 
 def sha(config, options):
