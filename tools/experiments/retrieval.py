@@ -14,8 +14,8 @@ mmdet's ReIDMetrics does it, every image a query and all others the gallery.
 
 A row: ``data``, ``model``, ``loss`` and ``seed`` name it. In percent: ``R1``, ``R5``
 and ``mAP``, ``recall``, which is R@k for k = 1..20, and ``curve``, R@1 after so many
-steps. ``seconds``: of the training, without tests. ``nearest``: some images with those
-nearest to them, but in the tuning.
+steps, with the mean training loss since the last time. ``seconds``: of the training,
+without tests. ``nearest``: some images with those nearest to them, but in the tuning.
 """
 
 from __future__ import annotations
@@ -58,27 +58,38 @@ TUNING = [
 ]
 _HEAD, _LOSS = 'model.head', 'model.head.loss_triplet'
 _RATE = 'optim_wrapper.optimizer.lr'
-_RANKING = {
-    f'm{margin}-t{memory}': [f'{_LOSS}.margin={margin}', f'{_LOSS}.memory={memory}']
-    for margin, memory in ((0.2, 0), (0.4, 0), (0.2, 20))
-}
+
+
+def _settings(rate: str, margin: float, memory: int | None = None) -> list[str]:
+    options = [f'{_RATE}={rate}', f'{_LOSS}.margin={margin}']
+    return options + ([] if memory is None else [f'{_LOSS}.memory={memory}'])
+
+
+_CE = [
+    f'{_HEAD}.num_classes=136',
+    f'{_HEAD}.loss_cls.type=mmpretrain.CrossEntropyLoss',
+]
 # For each loss what is tried. Each one sets all that is tuned.
 GRID = {
-    'triplet': {f'm{m}': [f'{_LOSS}.margin={m}'] for m in (0.1, 0.3)},
+    'triplet': {
+        'lr1-m0.2': _settings('1e-3', 0.2),
+        'lr3-m0.3': _settings('3e-3', 0.3),
+    },
     'ce': {
         'lr3': [f'{_RATE}=3e-3'],
         'lr10': [f'{_RATE}=1e-2'],
         'linear': [f'{_RATE}=3e-3', f'{_HEAD}.type=LinearReIDHead'],
     },
     'rambo-recall': {
-        **_RANKING,
-        'ce': [  # both losses, as in mmdet's baselines
-            *_RANKING['m0.2-t0'],
-            f'{_HEAD}.num_classes=136',
-            f'{_HEAD}.loss_cls.type=mmpretrain.CrossEntropyLoss',
-        ],
+        'lr1-m0.2-t0': _settings('1e-3', 0.2, 0),
+        'lr3-m0.2-t0': _settings('3e-3', 0.2, 0),
+        'lr3-m0.2-t20': _settings('3e-3', 0.2, 20),
+        'ce': [*_settings('3e-3', 0.2, 0), *_CE],  # both, as in mmdet's baselines
     },
-    'rambo-ap': _RANKING,
+    'rambo-ap': {
+        'lr3-m0.2-t0': _settings('3e-3', 0.2, 0),
+        'lr3-m0.4-t0': _settings('3e-3', 0.4, 0),
+    },
     'rambo-paper': {'l4': [f'{_LOSS}.lambd=4.0']},
 }
 NOTE = (
@@ -126,6 +137,7 @@ class _Test(Hook):
         self.files = [str(Path(info['img_path']).relative_to(root)) for info in infos]
         self.interval, self.seconds = interval, 0.0
         self.curve: list[dict[str, float]] = []
+        self.losses: list[float] = []
 
     @torch.no_grad()
     def features(self, model: Any) -> Tensor:
@@ -135,11 +147,14 @@ class _Test(Hook):
         model.train()
         return found
 
-    def after_train_iter(self, runner: Any, *_: Any, **__: Any) -> None:
+    def after_train_iter(self, runner: Any, *_: Any, outputs: Any, **__: Any) -> None:
+        self.losses.append(float(outputs['loss']))
         if self.every_n_train_iters(runner, self.interval):
             begin = time.monotonic()
             found = measure(self.features(runner.model), self.labels, depth=1)
-            self.curve.append(dict(step=runner.iter + 1, **found))
+            loss = round(float(np.mean(self.losses)), 4)
+            self.curve.append(dict(step=runner.iter + 1, **found, loss=loss))
+            self.losses.clear()
             self.seconds += time.monotonic() - begin
 
 
