@@ -132,17 +132,6 @@ def test_half_precision_is_compared_in_float32(dtype):
     assert torch.equal(half.grad, full.grad.to(dtype))
 
 
-def test_a_random_margin_is_drawn_anew():
-    feats, labels = batch(count=30)
-    loss = RaMBORetrievalLoss(margin_noise=True)
-    first, second = loss(feats, labels), loss(feats, labels)
-    assert first != second
-    torch.manual_seed(3)
-    third = loss(feats, labels)
-    torch.manual_seed(3)
-    assert third == loss(feats, labels)
-
-
 def test_the_memory_is_saved_and_fills_in_training_only():
     loss, other = RaMBORetrievalLoss(memory=2), RaMBORetrievalLoss(memory=2)
     assert not loss.state_dict()
