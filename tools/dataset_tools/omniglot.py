@@ -16,46 +16,32 @@ from __future__ import annotations
 import argparse
 import sys
 import zipfile
-from collections import defaultdict
 from pathlib import Path, PurePosixPath
-from typing import Iterable, Sequence
+from typing import Sequence
 
 from PIL import Image
 from tqdm import tqdm
 
 HELD_BACK = 2
-# The names of the images of each character, by alphabet.
-Alphabets = dict[str, dict[str, list[str]]]
 
 
-def alphabets(archive: zipfile.ZipFile) -> Alphabets:
-    """Return what an archive holds: FOLDER/ALPHABET/CHARACTER/IMAGE.png.
+def members(archive: zipfile.ZipFile) -> dict[str, list[str]]:
+    """Return the files of each alphabet: FOLDER/ALPHABET/CHARACTER/IMAGE.png.
 
     Raises:
-        ValueError: If it holds no such file.
+        ValueError: If there is no such file.
     """
-    found: Alphabets = defaultdict(lambda: defaultdict(list))
+    found: dict[str, list[str]] = {}
     for name in sorted(archive.namelist()):
         parts = PurePosixPath(name).parts
         if len(parts) == 4 and name.endswith('.png'):
-            found[parts[1]][parts[2]].append(name)
+            found.setdefault(parts[1], []).append(name)
     if not found:
         raise ValueError(
             f'{archive.filename} must hold FOLDER/ALPHABET/CHARACTER/IMAGE.png, as the '
             'archives images_background_small1.zip and images_background_small2.zip do'
         )
     return found
-
-
-def write_list(path: Path, names: Iterable[str], parts: Alphabets) -> None:
-    """Write the images of some alphabets, and the number of the character of each."""
-    lines, number = [], 0
-    for name in names:
-        for character in parts[name].values():
-            lines += [f'{name}/{PurePosixPath(n).name} {number}\n' for n in character]
-            number += 1
-    path.write_text(''.join(lines), encoding='utf-8')
-    print(f'{path}: {len(lines)} images of {number} characters')
 
 
 def convert(train: Path, test: Path, out: Path, size: int) -> None:
@@ -65,28 +51,33 @@ def convert(train: Path, test: Path, out: Path, size: int) -> None:
         ValueError: If an archive holds something else, or nothing is left to test.
     """
     with zipfile.ZipFile(train) as first, zipfile.ZipFile(test) as second:
-        known, others = alphabets(first), alphabets(second)
-        new = sorted(set(others) - set(known))
-        if not new or len(known) <= HELD_BACK:
+        known, others = members(first), members(second)
+        own, new = sorted(known), sorted(set(others) - set(known))
+        if not new or len(own) <= HELD_BACK:
             raise ValueError(
-                f'expected more than {HELD_BACK} alphabets in {train}, got {len(known)}'
-                f', and in {test} others than these, got {new}'
+                f'expected more than {HELD_BACK} alphabets in {train}, got {own}, and '
+                f'in {test} others than these, got {new}'
             )
         (out / 'meta').mkdir(parents=True, exist_ok=True)
-        every = [(first, known, sorted(known)), (second, others, new)]
-        for archive, parts, names in every:
-            for name in tqdm(names, desc=str(archive.filename), disable=None):
-                (out / 'imgs' / name).mkdir(parents=True, exist_ok=True)
-                for path in (path for paths in parts[name].values() for path in paths):
-                    with archive.open(path) as file, Image.open(file) as image:
+        for name, archive, files, alphabets in (
+            ('train', first, known, own),
+            ('test', second, others, new),
+            ('tuning-train', first, known, own[:-HELD_BACK]),
+            ('tuning-test', first, known, own[-HELD_BACK:]),
+        ):
+            paths = [PurePosixPath(path) for of in alphabets for path in files[of]]
+            lines, numbers = [], {}
+            for path in tqdm(paths, desc=name, disable=None):
+                number = numbers.setdefault(path.parent, len(numbers))
+                lines.append(f'{path.parts[1]}/{path.name} {number}\n')
+                target = out / 'imgs' / path.parts[1] / path.name
+                if name in ('train', 'test'):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with archive.open(str(path)) as file, Image.open(file) as image:
                         gray = image.convert('L')
-                    small = gray.resize((size, size), Image.Resampling.BOX)
-                    small.save(out / 'imgs' / name / PurePosixPath(path).name)
-    meta, own = out / 'meta', sorted(known)
-    write_list(meta / 'train.txt', own, known)
-    write_list(meta / 'tuning-train.txt', own[:-HELD_BACK], known)
-    write_list(meta / 'tuning-test.txt', own[-HELD_BACK:], known)
-    write_list(meta / 'test.txt', new, others)
+                    gray.resize((size, size), Image.Resampling.BOX).save(target)
+            (out / 'meta' / f'{name}.txt').write_text(''.join(lines), encoding='utf-8')
+            print(f'{name}: {len(lines)} images of {len(numbers)} characters')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
