@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip('mmdet', reason='configs are those of mmdet')
+from mmdet.models.reid import linear_reid_head
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
@@ -25,7 +26,8 @@ CONFIGS = sorted(
     if not path.parent.name.startswith('_')
 )
 FASTER = [name for name in CONFIGS if Path(name).name.startswith('faster-rcnn')]
-OTHERS = [name for name in CONFIGS if name not in FASTER]
+REID = [name for name in CONFIGS if name.startswith('reid')]
+OTHERS = [name for name in CONFIGS if name not in FASTER + REID]
 HEAD = 'model.roi_head.bbox_head'
 LOSS = {f'{HEAD}.loss_cls', f'{HEAD}.type', 'custom_imports'}
 BOX = {f'{HEAD}.box_avg', f'{HEAD}.loss_bbox.loss_weight'}
@@ -36,6 +38,11 @@ IGNORE = {
 RECIPE = LOSS | BOX | {SAMPLER}
 NO_TWINS = ('pascal_voc', 'own_data')  # mmdet has those of cross-entropy
 register_all_modules()
+
+
+def require_mmpretrain():
+    if linear_reid_head.mmpretrain is None:
+        pytest.skip('mmdet has models of ReID only with mmpretrain')
 
 
 def load(name):
@@ -50,11 +57,12 @@ def outside(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp('elsewhere')
     script = ROOT / 'tests' / 'helpers' / 'load_configs.py'
+    path = os.pathsep.join([str(ROOT), *os.environ.get('PYTHONPATH', '').split(':')])
     arguments = [find_mmdet_script('train'), 'out.json', *(FOLDER / n for n in CONFIGS)]
     done = subprocess.run(
         [sys.executable, '-W', 'ignore', str(script), *map(str, arguments)],
         cwd=folder,
-        env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
+        env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'},
         capture_output=True,
         text=True,
     )
@@ -64,6 +72,8 @@ def outside(tmp_path_factory):
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_mmdets_own_script_loads_and_builds_it(name, outside):
+    if name in REID:
+        require_mmpretrain()
     found = outside['found'][str(FOLDER / name)]
     assert 'error' not in found, found['error']
     # Building it ran the hook's check of the data's classes against the heads.
@@ -76,6 +86,8 @@ def test_mmdets_own_script_loads_and_builds_it(name, outside):
 @pytest.mark.parametrize('name', CONFIGS)
 def test_it_imports_what_it_uses(name, outside):
     """The configs that were loaded before it must not have done it for it."""
+    if name in REID:
+        require_mmpretrain()
     found = outside['found'][str(FOLDER / name)]
     used = [module for module in found['modules'] if module.startswith('rambo_det')]
     asked = set(found['imports'])
@@ -320,3 +332,35 @@ def test_roots_and_weights_come_from_the_environment(name, monkeypatch):
     checkpoint = cfg.model.backbone.init_cfg.checkpoint
     assert checkpoint == '/elsewhere/RAMBO_MOBILENETV2/'
     assert 'bbox_min_size' not in cfg.pretty_text
+
+
+def test_omniglot_configs_differ_in_the_loss_alone():
+    names = [name for name in REID if name.endswith('omniglot.py')]
+    for name in names:
+        found = differences(load(names[0]), load(name))
+        loss = {f'model.head.{key}' for key in ('loss_cls', 'num_classes')}
+        assert {path.split('.loss_triplet')[0] for path in found} <= {
+            *loss,
+            'model.head',
+            'model.head.loss_triplet',
+        }
+    assert len(names) == 5
+
+
+def test_market1501_changes_head_and_data_of_mmdets_baseline_alone():
+    name = 'reid/reid_r50_8xb32-6e_mot17train80_test-mot17val20.py'
+    found = differences(baseline(name), load('reid/reid_r50_rambo_market1501.py'))
+    assert found == {
+        *('custom_imports', 'default_hooks.num_class_check', 'data_root'),
+        *(f'model.head.{key}' for key in ('type', 'num_classes')),
+        *(
+            f'model.head.loss_triplet.{key}'
+            for key in ('type', 'margin', 'loss_weight')
+        ),
+        'train_dataloader.dataset',
+        *(
+            f'{split}_dataloader.dataset.{key}'
+            for split in ('val', 'test')
+            for key in ('data_root', 'ann_file', 'data_prefix.img_path')
+        ),
+    }

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import mmengine
 import numpy as np
 from mmdet.evaluation.functional.mean_ap import (
     average_precision,
@@ -19,6 +18,7 @@ from mmdet.registry import DATASETS
 from mmengine.registry import init_default_scope
 
 from rambo_det.own_data import follow_own_data
+from rambo_det.safe_pickle import load_predictions
 from tools.common.wrong_calls import read_config, reading
 
 HIT, MISS, IGNORED = 1, -1, 0
@@ -230,7 +230,7 @@ def _per_class(instances: dict, classes: int) -> list[np.ndarray]:
 def _predictions(path: str | Path) -> dict[str, dict]:
     """Read what was predicted for each image, by image id."""
     if Path(path).suffix != '.npz':
-        found = mmengine.load(str(path))
+        found = load_predictions(path)
         return {str(sample['img_id']): sample['pred_instances'] for sample in found}
     with np.load(path) as stored:
         arrays = dict(stored)
