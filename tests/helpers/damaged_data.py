@@ -183,7 +183,7 @@ def _files(root, rng):
         other.unlink()
     elif kind == 3 and other.is_file():
         other.rename(other.with_suffix('.XML'))
-    elif kind == 4:
+    elif kind == 4 and not (root / 'JPEGImages/a').exists():
         for name in 'ab':
             (root / 'JPEGImages' / name).symlink_to(root, target_is_directory=True)
     elif kind == 5:

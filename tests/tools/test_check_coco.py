@@ -161,10 +161,10 @@ def test_a_config_of_several_data_sets(config, tmp_path, capsys):
     assert main(['--config', str(config), '--jobs', '1']) == 1
     out = capsys.readouterr().out
     assert 'splits-same-content: 1 in 1' in out and 'same image as a in test' in out
-    with pytest.raises(SystemExit, match='2'):
+    with pytest.raises(SystemExit):
         main(['--config', str(config), '--jobs', '1', '--fix', str(tmp_path / 'new')])
     assert '--fix writes one data set' in capsys.readouterr().err
     (other / 'ImageSets/Main/test.txt').unlink()
-    with pytest.raises(SystemExit, match='2'):
+    with pytest.raises(SystemExit):
         main(['--config', str(config), '--jobs', '1'])
     assert 'test_dataloader: there is no file' in capsys.readouterr().err

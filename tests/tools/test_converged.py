@@ -249,7 +249,7 @@ def test_options_are_parsed_as_mmdet_does():
         ([], 'expected either CONFIG'),
         ([VOC, '--table-only'], 'expected either CONFIG'),
         ([VOC, '--loss', 'a_b'], 'must be without underscores'),
-        (['none.py'], 'CONFIG must be a config file, got none.py'),
+        (['none.py'], 'expected a file, got none.py, which does not exist'),
         ([CE], 'must be named DETECTOR_BACKBONE_NECK_LOSS_SCHEDULE_DATA'),
     ],
 )

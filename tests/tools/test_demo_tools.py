@@ -271,4 +271,4 @@ def test_demo_passes_only_with_the_required_ap(
 def test_demo_refuses_a_missing_config(tmp_path, capsys):
     with pytest.raises(SystemExit):
         demo.main(['--config', str(tmp_path / 'none.py')])
-    assert '--config must be a config file' in capsys.readouterr().err
+    assert '--config: expected a file' in capsys.readouterr().err

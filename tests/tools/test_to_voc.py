@@ -255,7 +255,7 @@ def test_what_cannot_be_done_leaves_everything_alone(
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full/other.json').write_text('[]')
     before = digest(tmp_path)
-    with pytest.raises(SystemExit, match='2'):
+    with pytest.raises(SystemExit):
         convert(tmp_path / source, tmp_path / out)
     assert message in capsys.readouterr().err
     assert digest(tmp_path) == before

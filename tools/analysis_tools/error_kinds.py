@@ -134,7 +134,6 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument(
         'files',
         nargs='*',
-        type=readable_file,
         metavar='CONFIG PREDICTIONS',
         help='one pair or more',
     )

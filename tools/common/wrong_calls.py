@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterator, NoReturn
+
+
+class WrongCall(SystemExit):
+    """The end of a tool that was called wrongly; its text says how."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(2)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class Parser(argparse.ArgumentParser):
@@ -16,7 +28,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit, saying what is wrong."""
         text = '; '.join(filter(None, map(str.strip, str(message).splitlines())))
-        self.exit(2, f'{Path(self.prog).stem}: {text}\n')
+        print(f'{Path(self.prog).stem}: {text}', file=sys.stderr)
+        raise WrongCall(text)
 
     @contextmanager
     def refusing(self, *more: type[Exception]) -> Iterator[None]:

@@ -14,13 +14,14 @@ choose settings by.
 from __future__ import annotations
 
 import argparse
-import sys
 import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Sequence
 
 from PIL import Image
 from tqdm import tqdm
+
+from tools.common.wrong_calls import Parser, at_least, readable_file, writable_folder
 
 HELD_BACK = 2
 
@@ -82,18 +83,18 @@ def convert(train: Path, test: Path, out: Path, size: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('train', type=Path, metavar='TRAIN.zip')
-    parser.add_argument('test', type=Path, metavar='TEST.zip')
-    parser.add_argument('--out', type=Path, required=True)
-    parser.add_argument('--size', type=int, default=28, help='pixels (default: 28)')
+    parser.add_argument('train', type=readable_file, metavar='TRAIN.zip')
+    parser.add_argument('test', type=readable_file, metavar='TEST.zip')
+    parser.add_argument('--out', type=writable_folder, required=True)
+    parser.add_argument(
+        '--size', type=at_least(1), default=28, help='pixels (default: 28)'
+    )
     args = parser.parse_args(argv)
-    try:
+    with parser.refusing(zipfile.BadZipFile):
         convert(args.train, args.test, args.out, args.size)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        sys.exit(f'omniglot: {error}')
 
 
 if __name__ == '__main__':

@@ -44,6 +44,13 @@ from torch import Tensor
 from rambo_det.functional import average_precision, recall_at_k
 from tools import ROOT
 from tools.common.markdown_table import markdown_table, split_page, update_page
+from tools.common.wrong_calls import (
+    Parser,
+    at_least,
+    readable_file,
+    writable_file,
+    writable_folder,
+)
 from tools.experiments import converged
 from tools.experiments.converged import Row, difference_text, mean_text, read_rows
 from tools.experiments.runs import parse_options, resolve, versions
@@ -287,17 +294,21 @@ def draw(rows: Sequence[Row], imgs: Path, out: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('configs', nargs='*', type=Path, metavar='CONFIG')
-    parser.add_argument('--seeds', nargs='+', type=int, default=[0])
+    parser.add_argument('configs', nargs='*', type=readable_file, metavar='CONFIG')
+    parser.add_argument('--seeds', nargs='+', type=at_least(0), default=[0])
     parser.add_argument('--tune', action='store_true', help='try the settings in GRID')
-    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/retrieval'))
-    parser.add_argument('--out', type=Path, default=OUT, help='the file of the rows')
+    parser.add_argument(
+        '--work-dir', type=writable_folder, default=Path('work_dirs/retrieval')
+    )
+    parser.add_argument(
+        '--out', type=writable_file, default=OUT, help='the file of the rows'
+    )
     parser.add_argument('--table-only', action='store_true', help='train nothing')
-    parser.add_argument('--update', type=Path, metavar='PAGE.md')
-    parser.add_argument('--draw', type=Path, metavar='PICTURE.png')
+    parser.add_argument('--update', type=readable_file, metavar='PAGE.md')
+    parser.add_argument('--draw', type=writable_file, metavar='PICTURE.png')
     args = parser.parse_args(argv)
     args.configs = args.configs or CONFIGS
     try:
@@ -313,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             root = Config.fromfile(CONFIGS[0]).data_root
             draw(rows, Path(root) / 'imgs', args.draw)
     except (OSError, ValueError) as error:
-        sys.exit(f'retrieval: {error}')
+        parser.error(str(error))
 
 
 if __name__ == '__main__':

@@ -21,7 +21,13 @@ if not __package__:  # run as a script: its modules are those of the checkout
 
 import torch
 
-from tools.common.wrong_calls import Parser, at_least, readable_file, writable_file
+from tools.common.wrong_calls import (
+    Parser,
+    at_least,
+    readable_file,
+    reading,
+    writable_file,
+)
 
 # RoI heads, also those of a cascade, and DETR.
 CLASSIFIER = re.compile(r'(^|\.)(bbox_head(\.\d+)?)\.fc_cls\.(weight|bias)$')
@@ -65,15 +71,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     from rambo_det.checkpoint import load_checkpoint
 
-    checkpoint = load_checkpoint(args.checkpoint, 'cpu')
-    meta = checkpoint.get('meta', {}).get('dataset_meta') or {}
-    classes = args.num_classes or len(meta.get('classes', meta.get('CLASSES', ())))
+    with parser.refusing(), reading(args.checkpoint, 'a checkpoint of mmengine'):
+        checkpoint = load_checkpoint(args.checkpoint, 'cpu')
+        state, meta = checkpoint['state_dict'], checkpoint['meta']
+        meta = meta.get('dataset_meta') or {}
+        classes = args.num_classes or len(meta.get('classes', meta.get('CLASSES', ())))
     if not classes:
         parser.error(f'{args.checkpoint} does not say its classes; use --num-classes')
-    try:
-        changed = drop_background(checkpoint['state_dict'], classes)
-    except ValueError as error:
-        sys.exit(f'drop_background: {args.checkpoint}: {error}')
+    with parser.refusing():
+        changed = drop_background(state, classes)
     # The optimiser's state would not fit any more.
     torch.save({key: checkpoint[key] for key in ('meta', 'state_dict')}, args.out)
     print(f'{args.out}: changed {", ".join(changed)}')
