@@ -187,3 +187,26 @@ def stock_roi_head(rank):
 
 def test_a_stock_head_can_be_told_to_gather(tmp_path):
     assert run(stock_roi_head, 2, tmp_path) == [[[3, 4]], [[3, 4]]]
+
+
+def a_head_that_fails(rank):
+    """In the second process the matching of a detector's head fails."""
+    messages = []
+    for name in ('retina', 'faster'):
+        config = DENSE['RetinaHead'] if name == 'retina' else DETECTORS['faster']
+        model = build(config, change_config)
+        data = batch(model, objects=[3, 2])
+        head = model.bbox_head if name == 'retina' else model.roi_head.bbox_head
+        if rank == 1:
+            head.get_targets = lambda *_, **__: {}['no match']
+        try:
+            model.loss(data['inputs'], data['data_samples'])
+        except (KeyError, RuntimeError) as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_a_head_that_fails_before_it_ranks_is_named_in_the_others(tmp_path):
+    others, own = run(a_head_that_fails, 2, tmp_path)
+    assert own == ["'no match'"] * 2
+    assert ['process 1 stopped before' in message for message in others] == [True] * 2
