@@ -189,16 +189,19 @@ def test_a_stock_head_can_be_told_to_gather(tmp_path):
     assert run(stock_roi_head, 2, tmp_path) == [[[3, 4]], [[3, 4]]]
 
 
+# What fails in a head: its matching, or, where it waits in mmdet's reduce_mean before
+# it ranks, what comes after that.
+FAILING = dict(RetinaHead='get_targets', faster='get_targets', FCOSHead='_overlaps')
+
+
 def a_head_that_fails(rank):
-    """In the second process the matching of a detector's head fails."""
     messages = []
-    for name in ('retina', 'faster'):
-        config = DENSE['RetinaHead'] if name == 'retina' else DETECTORS['faster']
-        model = build(config, change_config)
+    for name, method in FAILING.items():
+        model = build(DETECTORS.get(name) or DENSE[name], change_config)
         data = batch(model, objects=[3, 2])
-        head = model.bbox_head if name == 'retina' else model.roi_head.bbox_head
+        head = model.roi_head.bbox_head if name == 'faster' else model.bbox_head
         if rank == 1:
-            head.get_targets = lambda *_, **__: {}['no match']
+            setattr(head, method, lambda *_, **__: {}['no match'])
         try:
             model.loss(data['inputs'], data['data_samples'])
         except (KeyError, RuntimeError) as error:
@@ -208,5 +211,5 @@ def a_head_that_fails(rank):
 
 def test_a_head_that_fails_before_it_ranks_is_named_in_the_others(tmp_path):
     others, own = run(a_head_that_fails, 2, tmp_path)
-    assert own == ["'no match'"] * 2
-    assert ['process 1 stopped before' in message for message in others] == [True] * 2
+    assert own == ["'no match'"] * len(FAILING) and len(others) == len(own)
+    assert all('process 1 stopped before it ranked' in message for message in others)
