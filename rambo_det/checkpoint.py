@@ -7,6 +7,7 @@ archive's checksums, which do not cover every byte.
 
 import functools
 import hashlib
+import io
 import os
 import os.path as osp
 import re
@@ -21,27 +22,24 @@ from mmengine.runner import checkpoint as loading
 from .safe_pickle import SAFE_BY_DEFAULT, allow_mmengine_checkpoints
 
 UNFINISHED = '.unfinished'  # ends the names of files that are being written
-_LABEL = b'rambo_det sha256 '
-_DIGITS = 64
-# The last record of an archive without a comment, and where its length is.
-_END, _END_SIZE, _BLOCK = b'PK\5\6', 22, 2**20
+_LABEL, _DIGITS = b'rambo_det sha256 ', 64
+_END = b'PK\5\6'  # begins the last 22 bytes of an archive without a comment
+
+
+def _has_no_comment(content: Any) -> bool:
+    return bytes(content[-22:-18]) == _END and bytes(content[-2:]) == b'\0\0'
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file atomically, and flush it; seal it if it is an archive."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + UNFINISHED)
-    parts = [memoryview(content)]
-    if content[-_END_SIZE:].startswith(_END) and content.endswith(b'\0\0'):
-        comment = struct.pack('<H', len(_LABEL) + _DIGITS) + _LABEL
-        parts = [parts[0][:-2], memoryview(comment)]
-        digest = hashlib.sha256(parts[0])
-        digest.update(comment)
-        parts.append(memoryview(digest.hexdigest().encode()))
+    if _has_no_comment(content):
+        content = content[:-2] + struct.pack('<H', len(_LABEL) + _DIGITS) + _LABEL
+        content += hashlib.sha256(content).hexdigest().encode()
     try:
         with open(unfinished, 'wb') as file:
-            for part in parts:
-                file.write(part)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
@@ -62,27 +60,14 @@ def is_whole(path: Union[str, Path]) -> bool:
     With a seal, that is whether every byte is as it was written.
     """
     try:
-        with open(path, 'rb') as file:
-            file.seek(-_END_SIZE, os.SEEK_END)
-            end = file.read()
-            if end.startswith(_END) and end.endswith(b'\0\0'):  # no comment
-                with zipfile.ZipFile(file) as archive:
-                    return archive.testzip() is None
-            size = file.seek(0, os.SEEK_END) - _DIGITS
-            if not _is_sealed(file):
-                return False
-            file.seek(0)
-            digest = hashlib.sha256()
-            for start in range(0, size, _BLOCK):
-                digest.update(file.read(min(_BLOCK, size - start)))
-            return file.read() == digest.hexdigest().encode()
+        content = memoryview(Path(path).read_bytes())
+        if _has_no_comment(content):
+            return zipfile.ZipFile(io.BytesIO(content)).testzip() is None
+        sealed, seal = content[:-_DIGITS], content[-_DIGITS:]
+        fits = hashlib.sha256(sealed).hexdigest().encode() == seal
+        return fits and bytes(sealed[-len(_LABEL) :]) == _LABEL
     except Exception:  # of any kind, as the bytes may say anything
         return False
-
-
-def _is_sealed(file: Any) -> bool:
-    file.seek(-_DIGITS - len(_LABEL), os.SEEK_END)
-    return bool(file.read(len(_LABEL)) == _LABEL)
 
 
 def newest_whole(folder: Union[str, Path], template: str) -> Optional[str]:
@@ -144,16 +129,14 @@ def load_checkpoint(path: Union[str, Path], map_location: Any = None) -> Any:
         require_whole(path)
     with open(path, 'rb') as file:
         archive = file.read(4) == b'PK\3\4'
-        short = file.seek(0, os.SEEK_END) < _DIGITS + len(_LABEL)
-        if archive or short or _is_sealed(file):  # else of a very old PyTorch
-            require_whole(path)
-            return _load(path, map_location)
+    if archive:  # else it is from a very old PyTorch, or damaged
+        require_whole(path)
+        return _load(path, map_location)
     try:
         return _load(path, map_location)
-    except Exception as error:  # of any kind, as the bytes may say anything
-        raise ValueError(
-            f'the checkpoint {path!r} is damaged, or has more than data: {error}'
-        ) from error
+    except Exception:  # of any kind, as the bytes may say anything
+        require_whole(path)
+        raise
 
 
 def _load(file: Any, map_location: Any = None, weights_only: Any = None) -> Any:

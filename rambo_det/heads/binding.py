@@ -5,6 +5,7 @@ keeps the calls. Then the loss is called once, with all rows and with their imag
 """
 
 import functools
+import sys
 import warnings
 from contextlib import contextmanager
 from typing import (
@@ -90,12 +91,14 @@ class Calls(List[Call]):
 def told_to_others(method: _Method) -> _Method:
     """Let other processes know if a method of a head raises before it ranks.
 
-    Put it before each method that calls :meth:`RaMBOHeadMixin.rank_calls`.
+    Put it before each method that calls :meth:`RaMBOHeadMixin.rank_calls`. Where the
+    stock head itself waits for the others, in ``reduce_mean``, nothing can be told.
     """
 
     @functools.wraps(method)
     def telling(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.ranks:
+        modules = (sys.modules[kind.__module__] for kind in type(self).__mro__)
+        if not self.ranks or any(hasattr(each, 'reduce_mean') for each in modules):
             return method(self, *args, **kwargs)
         with self.loss_cls.expected():
             return method(self, *args, **kwargs)
@@ -256,19 +259,20 @@ class RaMBOHeadMixin:
             nothing = logits.reshape(-1, logits.size(-1))[:0]
             calls.append(Call(nothing, images.new_zeros(0)))
             images = images[:0]
-        overlaps = self._overlaps(calls)
-        pred, target, weight, avg_factor, reduction = merge_calls(calls)
-        given = images if num_images is None else (images, num_images)
-        loss = self.loss_cls(
-            pred,
-            target,
-            weight,
-            avg_factor,
-            reduction,
-            images=given,
-            objects=objects,
-            overlaps=overlaps,
-        )
+        with self.loss_cls.expected():
+            overlaps = self._overlaps(calls)
+            pred, target, weight, avg_factor, reduction = merge_calls(calls)
+            given = images if num_images is None else (images, num_images)
+            loss = self.loss_cls(
+                pred,
+                target,
+                weight,
+                avg_factor,
+                reduction,
+                images=given,
+                objects=objects,
+                overlaps=overlaps,
+            )
         return dict(loss_cls=loss, **self.loss_cls.get_accuracy())
 
     @torch.no_grad()

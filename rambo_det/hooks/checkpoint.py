@@ -30,14 +30,18 @@ class _WholeFiles(LocalBackend):
     def remove(self, filepath: str) -> None:
         self.removed.append((filepath, os.stat(filepath).st_ino))
 
-    def remove_now(self, folder: Path) -> None:
-        for path, inode in self.removed:
-            # A checkpoint says which file was the best one: that of another training,
-            # or any file, where it comes from elsewhere.
-            ours = osp.realpath(osp.dirname(path)) == osp.realpath(folder)
-            if ours and os.stat(path).st_ino == inode:  # else it has been written anew
-                os.remove(path)
-        self.removed.clear()
+    def to_remove(self, folder: Path) -> List[Path]:
+        """Return what is to be removed of a folder, and was not written anew.
+
+        A checkpoint says which file was the best one. That may be one of another
+        training, or any file, if the checkpoint comes from elsewhere.
+        """
+        return [
+            Path(path)
+            for path, inode in self.removed
+            if osp.realpath(osp.dirname(path)) == osp.realpath(folder)
+            and os.stat(path).st_ino == inode
+        ]
 
 
 register_backend(_BACKEND, _WholeFiles, force=True)
@@ -59,9 +63,14 @@ class SafeCheckpointHook(CheckpointHook):
 
     mmengine writes files in place, and with ``max_keep_ckpts`` it deletes the oldest
     checkpoint before it writes the new one. If writing fails, there may be nothing left
-    to resume from. This hook writes a checkpoint under another name, renames it when it
-    is complete, and only then deletes older ones. If writing fails, ``last_checkpoint``
-    names the previous one. It needs room for one more checkpoint.
+    to resume from. This hook writes and flushes a checkpoint under another name,
+    renames it, and only then deletes older ones. It writes ``last_checkpoint``
+    likewise. If writing fails, or is killed, that names the previous checkpoint. It
+    needs room for one more checkpoint.
+
+    Each file has a seal, with which loading finds any byte that has changed since.
+    Nothing is deleted outside of the folder of the checkpoints, whatever a checkpoint
+    says of its best one.
 
     Arguments are those of ``CheckpointHook``, for local files only.
 
@@ -86,6 +95,7 @@ class SafeCheckpointHook(CheckpointHook):
                 )
         kwargs['backend_args'] = dict(backend=_BACKEND)
         super().__init__(*args, **kwargs)
+        self.file_backend, self._folder = _WholeFiles(), Path()
 
     def before_run(self, runner: Any) -> None:
         """Choose the file to resume from, and remove what killed savings left."""
@@ -100,12 +110,15 @@ class SafeCheckpointHook(CheckpointHook):
     def before_train(self, runner: Any) -> None:
         """Go on with what a resumed training had saved last."""
         super().before_train(runner)
-        if runner._resume:  # else saving the best one leaves that as it is
-            self.last_ckpt = runner.message_hub.runtime_info.get('last_ckpt')
+        last = runner.message_hub.runtime_info.get('last_ckpt')
+        if runner._resume and last and osp.exists(self._folder / osp.basename(last)):
+            # Else mmengine would not save it again with a new best one.
+            self.last_ckpt = str(self._folder / osp.basename(last))
 
     def before_save_checkpoint(self, runner: Any, checkpoint: Dict[str, Any]) -> None:
         """Note which files this one replaces, should their removal be interrupted."""
-        checkpoint[_KEY] = [Path(path).name for path, _ in self.file_backend.removed]
+        replaced = self.file_backend.to_remove(self._folder)
+        checkpoint[_KEY] = [path.name for path in replaced]
 
     def after_load_checkpoint(self, runner: Any, checkpoint: Dict[str, Any]) -> None:
         """Remove what the checkpoint has replaced, if it was saved here."""
@@ -130,12 +143,11 @@ class SafeCheckpointHook(CheckpointHook):
             pointer = folder / 'last_checkpoint'
             if pointer.exists():
                 write_whole(Path(runner.work_dir, pointer.name), pointer.read_bytes())
-        except BaseException:
-            self.file_backend.removed.clear()
-            raise
+            for path in self.file_backend.to_remove(self._folder):
+                path.unlink()
         finally:
+            self.file_backend.removed.clear()
             shutil.rmtree(folder, ignore_errors=True)
-        self.file_backend.remove_now(self._folder)
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: Any) -> None:
         save = super()._save_checkpoint_with_step

@@ -87,20 +87,17 @@ def choose_checkpoint(runner: Any) -> None:
     if find_latest_checkpoint(runner.work_dir):
         return
     savers = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
-    for hook in savers:
-        path = newest_whole(checkpoint_folder(hook, runner), hook.filename_tmpl)
-        if path is not None:
-            runner._load_from = path
-            runner.logger.warning(
-                f'last_checkpoint in {runner.work_dir} is empty or missing; going on '
-                f'from {path}, the newest complete checkpoint'
-            )
-            return
-    left = [p for hook in savers for p in checkpoint_folder(hook, runner).glob('*.pth')]
-    if left:
+    places = [(checkpoint_folder(h, runner), h.filename_tmpl) for h in savers]
+    path = next(filter(None, (newest_whole(*place) for place in places)), None)
+    left = [file for folder, _ in places for file in folder.glob('*.pth')]
+    lost = f'last_checkpoint in {runner.work_dir} is empty or missing'
+    if path is not None:
+        runner._load_from = path
+        runner.logger.warning(f'{lost}; going on from {path}, the newest complete one')
+    elif left:
         raise ValueError(
-            f'last_checkpoint in {runner.work_dir} is empty or missing, and no '
-            f'checkpoint there is complete, such as {left[0]}; remove them to train '
-            'anew, or name another one in load_from'
+            f'{lost}, and no checkpoint there is complete, such as {left[0]}; remove '
+            'them to train anew, or name another one in load_from'
         )
-    runner._resume = False
+    else:
+        runner._resume = False

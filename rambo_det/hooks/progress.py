@@ -4,42 +4,23 @@ from numbers import Real
 from typing import Any, Dict, List, Optional
 
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook
-from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop, IterBasedTrainLoop
 from torch import Tensor
 
 from .model import bare_model
 
 
-def _wrappers(runner: Any) -> List[Any]:
-    wrapper = runner.optim_wrapper
-    if isinstance(wrapper, OptimWrapperDict):
-        return [*wrapper.values()]
-    return [wrapper] if isinstance(wrapper, OptimWrapper) else []  # only validating
-
-
-def accumulation(runner: Any) -> Dict[str, Any]:
-    """Return the gradients that wait for the next update, and how many iterations do.
+def waiting_gradients(runner: Any) -> Dict[str, Tensor]:
+    """Return the gradients that wait for the next update, by parameter.
 
     There are some with ``accumulative_counts`` alone.
     """
-    waiting = not all(wrapper.should_update() for wrapper in _wrappers(runner))
-    gradients: Dict[str, Tensor] = {
-        name: parameter.grad.cpu()
-        for name, parameter in bare_model(runner).named_parameters()
-        if waiting and parameter.grad is not None
-    }
-    counts = [wrapper.inner_count for wrapper in _wrappers(runner)]
-    return dict(gradients=gradients, counts=counts)
-
-
-def set_accumulation(runner: Any, state: Dict[str, Any]) -> None:
-    """Restore what :func:`accumulation` returned."""
-    parameters = dict(bare_model(runner).named_parameters())
-    for name, gradient in state['gradients'].items():
-        parameters[name].grad = gradient.to(parameters[name]).clone()
-    for wrapper, count in zip(_wrappers(runner), state['counts']):
-        wrapper._inner_count = int(count)
+    wrapper = runner.optim_wrapper
+    if not isinstance(wrapper, OptimWrapper) or wrapper.should_update():
+        return {}
+    parameters = bare_model(runner).named_parameters()
+    return {name: p.grad.cpu() for name, p in parameters if p.grad is not None}
 
 
 def _stoppers(runner: Any) -> List[EarlyStoppingHook]:

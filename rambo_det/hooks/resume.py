@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..losses import Remembering
 from .model import bare_model, checkpoint_is_due, choose_checkpoint, named_modules
-from .progress import Validations, accumulation, set_accumulation
+from .progress import Validations, waiting_gradients
 
 KEY = 'exact_resume'
 # What a runner calls the parts of a checkpoint.
@@ -119,7 +119,7 @@ class ExactResumeHook(Hook):
         self._restored: Optional[Dict[str, Any]] = None
         self._before_validation: Dict[str, Any] = {}
         self._gathered: Tuple[int, List[Any]] = (-1, [])
-        self._accumulated: Optional[Dict[str, Any]] = None
+        self._gradients: Dict[str, Tensor] = {}
         self._validations = Validations()
         self._reached: Optional[Dict[str, Any]] = None
 
@@ -134,8 +134,8 @@ class ExactResumeHook(Hook):
                 for key in ('scores', 'labels'):
                     memory[key] = [tensor.cpu() for tensor in memory[key]]
                 memories[name] = memory
-        waiting = accumulation(runner)
-        return dict(random=random_state(), memory=memories, accumulation=waiting)
+        gradients = waiting_gradients(runner)
+        return dict(random=random_state(), memory=memories, gradients=gradients)
 
     def _gather(self, runner: Any) -> None:
         """Collect the states of all processes, since only the first one saves."""
@@ -225,16 +225,17 @@ class ExactResumeHook(Hook):
         for name, memory in own['memory'].items():
             checkpoint['state_dict'][f'{name}._extra_state'] = memory
         self._restored = own['random']
-        self._accumulated = own.get('accumulation')
+        self._gradients = own.get('gradients', {})
         sampler = _seeded_sampler(runner)
         if sampler is not None and saved['sampler_seed'] is not None:
             sampler.seed = saved['sampler_seed']
 
     def before_train(self, runner: Any) -> None:
         """Restore gradients; warn of what keeps this from being resumed exactly."""
-        if self._accumulated is not None:
-            set_accumulation(runner, self._accumulated)
-            self._accumulated = None
+        parameters = dict(bare_model(runner).named_parameters())
+        for name, gradient in self._gradients.items():
+            parameters[name].grad = gradient.to(parameters[name]).clone()
+        self._gradients = {}
         loader = runner.train_loop.dataloader
         if loader.num_workers and loader.persistent_workers:
             runner.logger.warning(

@@ -21,7 +21,7 @@ import mmengine.optim.optimizer.amp_optimizer_wrapper as amp
 import rambo_det.checkpoint as checkpoint_module
 from rambo_det import RaMBOLoss
 from rambo_det.checkpoint import load_checkpoint
-from tests.helpers.toy_training import Restless, examples, loader, rambo_loss, train
+from tests.helpers.toy_training import loader, rambo_loss, train
 from tests.unit.test_rambo_loss import CLASS, PLAIN, random_batch
 
 INF = math.inf
@@ -237,23 +237,6 @@ def test_full_disk_with_the_stock_hook(tmp_path, monkeypatch):
     settings['max_keep_ckpts'] = 1
     trained_until_the_disk_is_full(tmp_path / 'b', monkeypatch, STOCK, **settings)
     assert not Path((tmp_path / 'b' / 'last_checkpoint').read_text()).exists()
-
-
-def test_a_best_checkpoint_is_kept_by_the_safe_hook_too(tmp_path):
-    scores = iter(range(3))
-
-    class Rising(Restless):
-        def compute_metrics(self, results):
-            return dict(score=next(scores))
-
-    settings = dict(type='SafeCheckpointHook', interval=1, max_keep_ckpts=1)
-    settings.update(save_best='score', rule='greater')
-    validation = dict(val_dataloader=loader(examples(number=6)), val_cfg=dict())
-    validation.update(checkpoint=settings, val_evaluator=[Rising()])
-    runner, _ = train(rambo_loss(), [], tmp_path, 3, **validation)
-    runner.train()
-    names = sorted(path.name for path in tmp_path.glob('*.pth*'))
-    assert names == ['best_score_epoch_3.pth', 'epoch_3.pth']
 
 
 # Workers

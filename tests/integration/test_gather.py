@@ -395,124 +395,74 @@ def test_one_process_ranks_its_own_rows(in_group, tmp_path):
 # Errors
 
 
-def one_with_nan(rank):
-    loss_cls = RaMBOLoss(gather=True, pooled_ap=None)
-    messages = []
-    # The last step shows that all goes on.
-    for nan_in in (1, None, 0, 2, None):
-        scores = torch.randn(4 + 3 * rank, CLASSES)
-        if rank == nan_in:
-            scores[0] = math.nan
-        try:
-            loss_cls(scores, torch.zeros(len(scores)).long())
-            messages.append('')
-        except (ValueError, RuntimeError) as error:
-            messages.append(f'{type(error).__name__}: {error}')
-    return messages
-
-
-def test_a_process_that_raises_makes_the_others_raise(tmp_path):
-    results = run(one_with_nan, 3, tmp_path)
-    for rank, messages in enumerate(results):
-        for nan_in, message in zip((1, None, 0, 2, None), messages):
-            if nan_in is None:
-                assert message == ''
-            elif nan_in == rank:
-                assert message.startswith('ValueError: RaMBOLoss: pred contains NaN')
-            else:
-                assert f'RuntimeError: RaMBOLoss: process {nan_in} stopped' in message
-
-
 PLAIN = dict(margin_noise=False, gather=True)
 OTHER_SPANS = dict(PLAIN, class_ap=dict(span='image'), pooled_ap=dict(span='row'))
 
 
-def wait_for_the_failed(rank, cases):
-    """What each process raises where the second one fails, and how long it took."""
-    found = {}
-    for name, fail in cases.items():
-        # The same number of losses in each process, as if they built a model.
-        losses = [RaMBOLoss(**settings) for settings in (PLAIN, PLAIN, OTHER_SPANS)]
-        loss_cls, *others = losses
-        loss_cls.others = others
-        scores, labels = torch.randn(4, CLASSES), torch.arange(4)
-        began = time.monotonic()
-        try:
-            if rank == 1:
-                fail(loss_cls, scores, labels)
-            else:
-                loss_cls(scores, labels)
-            message = ''
-        except Exception as error:
-            message = f'{type(error).__name__}: {error}'
-        found[name] = message, time.monotonic() - began
-        # All goes on afterwards.
-        assert RaMBOLoss(**PLAIN)(scores, labels).isfinite()
-    return found
+def watched(loss, scores, labels):
+    loss.ranked.register_forward_hook(lambda *_: 1 / 0)
+    loss(scores, labels)
 
 
-def watched(loss_cls, scores, labels):
-    loss_cls.ranked.register_forward_hook(lambda *_: 1 / 0)
-    loss_cls(scores, labels)
-
-
-def head(loss_cls, scores, labels):
-    with loss_cls.expected():
+def before_the_call(loss, scores, labels):
+    with loss.expected():
         raise IndexError('no such level')
 
 
-def after_the_checks(loss_cls, scores, labels):
+def after_the_checks(loss, scores, labels):
     with mock.patch.object(gather, '_count_present', side_effect=MemoryError('full')):
-        loss_cls(scores, labels)
+        loss(scores, labels)
 
 
-def other_classes(loss_cls, scores, labels):
-    loss_cls(torch.randn(4, 1 + CLASSES), labels)
-
-
-def other_precision(loss_cls, scores, labels):
-    loss_cls(scores.double(), labels)
-
-
-def other_spans(loss_cls, scores, labels):
-    loss_cls.others[1](scores, labels, images=labels)
-
-
-def another_loss(loss_cls, scores, labels):
-    loss_cls.others[0](scores, labels)
-
-
-def another_iteration(loss_cls, scores, labels):
-    MessageHub.get_current_instance().update_info('iter', 7)
+def another_iteration(loss, scores, labels):
+    hub = MessageHub.get_current_instance()
+    hub.update_info('iter', 7)
     try:
-        loss_cls(scores, labels)
+        loss(scores, labels)
     finally:
-        MessageHub.get_current_instance().pop_info('iter')
+        hub.pop_info('iter')
 
 
-# What is raised in the process that fails, and what is in the messages of the others.
-FAILURES = {
-    watched: ('ZeroDivisionError: division', 'process 1 stopped before it ranked'),
-    head: ('IndexError: no such level', 'process 1 stopped before it ranked'),
-    after_the_checks: ('MemoryError: full', 'process 1 stopped before it ranked'),
-    other_classes: ('RuntimeError', 'columns 4 x float32, 1 x int64'),
-    other_precision: ('RuntimeError', 'columns 3 x float64, 1 x int64'),
-    other_spans: ('RuntimeError', 'columns none'),
-    another_loss: ('RuntimeError', 'call 1 of loss'),
-    another_iteration: ('RuntimeError', 'process 1: iteration 8, call 1 of loss'),
-}
+# What the second process does, what it raises, and what is in the others' messages.
+STOPPED, DIFFERS = 'process 1 stopped before it ranked', 'RuntimeError'
+FAILURES = dict(
+    nan=(lambda f, x, y: f(x * math.nan, y), 'ValueError: RaMBOLoss: pred', STOPPED),
+    watched=(watched, 'ZeroDivisionError: division', STOPPED),
+    head=(before_the_call, 'IndexError: no such level', STOPPED),
+    memory=(after_the_checks, 'MemoryError: full', STOPPED),
+    classes=(lambda f, x, y: f(x.repeat(1, 2), y), DIFFERS, '6 x float32, 1 x int64'),
+    precision=(lambda f, x, y: f(x.double(), y), DIFFERS, 'columns 3 x float64'),
+    spans=(lambda f, x, y: f.others[1](x, y, images=y), DIFFERS, 'columns none'),
+    loss=(lambda f, x, y: f.others[0](x, y), DIFFERS, 'call 1 of loss'),
+    iteration=(another_iteration, DIFFERS, 'process 1: iteration 8, call 1'),
+)
+
+
+def wait_for_the_second(rank):
+    """What each process raises, and how long it took."""
+    found = []
+    for fail, *_ in FAILURES.values():
+        # The same number of losses in each process, as if they built a model.
+        loss, *others = [RaMBOLoss(**kw) for kw in (PLAIN, PLAIN, OTHER_SPANS, PLAIN)]
+        loss.others = others
+        given = torch.randn(4, CLASSES), torch.arange(4)
+        began = time.monotonic()
+        try:
+            fail(loss, *given) if rank == 1 else loss(*given)
+        except Exception as error:
+            message = f'{type(error).__name__}: {error}'
+            found.append((message, time.monotonic() - began))
+        assert others[2](*given).isfinite()  # all goes on
+    return found
 
 
 def test_a_process_that_fails_or_differs_is_named_by_the_others_at_once(tmp_path):
-    cases = {function.__name__: function for function in FAILURES}
-    results = run(wait_for_the_failed, 3, tmp_path, cases)
-    for function, (own, others) in FAILURES.items():
-        for rank, result in enumerate(results):
-            message, seconds = result[function.__name__]
-            assert message.startswith(own if rank == 1 else 'RuntimeError'), message
-            if rank != 1 or own == 'RuntimeError':
-                assert others in message, message
+    for rank, found in enumerate(run(wait_for_the_second, 3, tmp_path)):
+        for (_, own, others), (message, seconds) in zip(FAILURES.values(), found):
+            assert message.startswith(own if rank == 1 else DIFFERS), message
+            assert others in message or (rank == 1 and own != DIFFERS), message
             assert seconds < 1
+        assert len(found) == len(FAILURES)
 
 
 def one_call_less(rank):

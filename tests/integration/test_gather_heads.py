@@ -187,3 +187,29 @@ def stock_roi_head(rank):
 
 def test_a_stock_head_can_be_told_to_gather(tmp_path):
     assert run(stock_roi_head, 2, tmp_path) == [[[3, 4]], [[3, 4]]]
+
+
+# What fails in a head: its matching, or, where it waits in mmdet's reduce_mean before
+# it ranks, what comes after that.
+FAILING = dict(RetinaHead='get_targets', faster='get_targets', FCOSHead='_overlaps')
+
+
+def a_head_that_fails(rank):
+    messages = []
+    for name, method in FAILING.items():
+        model = build(DETECTORS.get(name) or DENSE[name], change_config)
+        data = batch(model, objects=[3, 2])
+        head = model.roi_head.bbox_head if name == 'faster' else model.bbox_head
+        if rank == 1:
+            setattr(head, method, lambda *_, **__: {}['no match'])
+        try:
+            model.loss(data['inputs'], data['data_samples'])
+        except (KeyError, RuntimeError) as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_a_head_that_fails_before_it_ranks_is_named_in_the_others(tmp_path):
+    others, own = run(a_head_that_fails, 2, tmp_path)
+    assert own == ["'no match'"] * len(FAILING) and len(others) == len(own)
+    assert all('process 1 stopped before it ranked' in message for message in others)

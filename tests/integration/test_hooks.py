@@ -35,24 +35,6 @@ def test_settings_follow_their_curves_and_are_logged(tmp_path):
         assert log[-1] == pytest.approx(factors[-1])
 
 
-@pytest.mark.parametrize('curve', ['linear', 'cosine', 'exponential', 'step'])
-@pytest.mark.parametrize(
-    'unit, until', [('epoch', 1.75), ('iteration', 7), ('training', 0.9)]
-)
-def test_a_resumed_run_goes_on_where_it_was(tmp_path, curve, unit, until):
-    begin = until / 2
-    falling = dict(FALLING, curve=curve, begin=begin, until=until, unit=unit)
-    runner, whole = train(rambo_loss(), [falling], tmp_path / 'a', epochs=2)
-    runner.train()
-    (tmp_path / 'a' / 'epoch_2.pth').unlink()
-    (tmp_path / 'a' / 'last_checkpoint').write_text(str(tmp_path / 'a' / 'epoch_1.pth'))
-    runner, rest = train(rambo_loss(), [falling], tmp_path / 'a', epochs=2, resume=True)
-    runner.train()
-    assert len({seen['lambd'] for seen in whole.seen}) > 1
-    assert rest.seen == whole.seen[4:]
-    torch.testing.assert_close(rest.linear.weight, whole.linear.weight)
-
-
 @pytest.mark.parametrize(
     ('param', 'settings'),
     [

@@ -120,6 +120,7 @@ def test_the_only_checkpoint_survives(tmp_path, interval):
     assert weights['weight'].isfinite()
 
 
+EXACT = [dict(type='ExactResumeHook')]
 KEEP_ONE = dict(interval=1, max_keep_ckpts=1)
 EPOCHS = dict(train_cfg=dict(by_epoch=True, max_epochs=3))
 VALIDATED = dict(
@@ -130,37 +131,30 @@ VALIDATED = dict(
 )
 BEST = dict(interval=99, by_epoch=False, save_best='score', rule='greater')
 # The step in which the second process has NaN, the settings, and which file is left.
-IN_TWO = {
-    'epoch': (7, dict(EPOCHS, checkpoint=KEEP_ONE), ['epoch_1.pth']),
-    'iteration': (3, dict(checkpoint=dict(KEEP_ONE, by_epoch=False)), ['iter_3.pth']),
-    'best': (3, dict(VALIDATED, checkpoint=BEST), []),
-}
-IN_TWO = {
-    f'{name}, {safe}, exact {exact}, interval {interval}': (
-        step,
-        dict(
-            settings,
-            checkpoint=dict(settings['checkpoint'], type=f'{safe}CheckpointHook'),
-            hooks=[dict(type='ExactResumeHook')] * exact,
-        ),
-        interval,
-        left,
-    )
-    for name, (step, settings, left) in IN_TWO.items()
-    for safe, exact, interval in [('', 0, 1), ('', 1, 100), ('Safe', 0, 100)]
-}
+IN_TWO = [
+    (step, dict(settings, checkpoint=dict(saving, type=f'{safe}CheckpointHook')), *rest)
+    for step, settings, saving, left in [
+        (7, EPOCHS, KEEP_ONE, ['epoch_1.pth']),
+        (3, {}, dict(KEEP_ONE, by_epoch=False), ['iter_3.pth']),
+        (3, VALIDATED, BEST, []),
+    ]
+    for safe, *rest in [
+        ('', left, 1, []),
+        ('', left, 99, EXACT),
+        ('Safe', left, 99, []),
+    ]
+]
 
 
 def nan_in_the_second(rank, folder):
     os.environ.update(LOCAL_RANK=str(rank))
     wrapper = dict(type='MMDistributedDataParallel', device_ids=None)
     messages = []
-    for name, (step, settings, interval, _) in IN_TWO.items():
+    for number, (step, settings, _, interval, hooks) in enumerate(IN_TWO):
         model = Model({step: dict(loss_cls=NAN)} if rank == 1 else {})
-        settings = dict(
-            settings, launcher='pytorch', cfg=dict(model_wrapper_cfg=wrapper)
-        )
-        runner = runner_of(model, dict(interval=interval), folder / name, **settings)
+        process = dict(launcher='pytorch', cfg=dict(model_wrapper_cfg=wrapper))
+        work_dir, hook = folder / f'work_{number}', dict(interval=interval)
+        runner = runner_of(model, hook, work_dir, hooks=hooks, **settings, **process)
         try:
             runner.train()
         except FloatingPointError as error:
@@ -171,10 +165,11 @@ def nan_in_the_second(rank, folder):
 def test_all_processes_stop_before_the_only_checkpoint_is_replaced(tmp_path):
     first, second = run(nan_in_the_second, 2, tmp_path, tmp_path)
     assert len(first) == len(second) == len(IN_TWO)
-    for (name, (step, *_, left)), message, own in zip(IN_TWO.items(), first, second):
+    cases = enumerate(zip(IN_TWO, first, second))
+    for number, ((step, _, left, *_), message, own) in cases:
         assert 'a loss of process 1 is not finite' in message
         assert f'in iteration {step + 1} loss_cls = nan. The images' in own
-        files = [*(tmp_path / name).glob('*.pth')]
+        files = [*(tmp_path / f'work_{number}').glob('*.pth')]
         assert [path.name for path in files] == left
         for path in files:
             assert load_checkpoint(path)['state_dict']['weight'].isfinite()
