@@ -1,7 +1,6 @@
-# mmdet's baseline of ReID with the triplet loss replaced, on Market-1501. mmdet's
-# tools/dataset_converters know the MOT challenge only: lists of images and identities,
-# a name and a number in each line, are to be written to data/market1501/meta. mmdet's
-# ReIDMetrics knows neither cameras nor junk images: numbers are not those of papers.
+# mmdet's baseline of ReID with the triplet loss replaced, on Market-1501. Its lists,
+# a name and the number of a person in each line, are to be written: mmdet has no
+# converter. Its ReIDMetrics knows neither cameras nor junk images, as papers do.
 _base_ = 'mmdet::reid/reid_r50_8xb32-6e_mot17train80_test-mot17val20.py'
 custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
 

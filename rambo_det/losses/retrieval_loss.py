@@ -2,7 +2,7 @@
 
 import warnings
 from functools import partial
-from typing import Any, Tuple
+from typing import Any, Dict, Tuple
 
 import torch
 from mmdet.registry import MODELS
@@ -199,23 +199,16 @@ class RaMBORetrievalLoss(Remembering, nn.Module):
             classes = torch.cat([labels, *(of.labels for of in past)])
             kept = Past(feats.detach(), labels)
             self._memory.append(kept, step.processes > 1)
-        others = torch.ones_like(labels, dtype=torch.bool)
-        others = others.new_ones(len(labels), len(classes)).fill_diagonal_(False)
         targets = labels.unsqueeze(1) == classes
-        loss_of_rows: Any = ap_loss
-        if self.metric == 'recall':
-            loss_of_rows = partial(recall_loss, weighting=self.weighting)
-        losses = loss_of_rows(
-            self._similarity(feats, gallery),
-            targets,
-            lambd=self.lambd,
-            margin=self.margin,
-            margin_noise=self.margin_noise,
-            mask=others,
-            generator=step.generator,
-            check_nan=False,
-            perturb=self.perturb,
-        )
+        others = torch.ones_like(targets).fill_diagonal_(False)
+        how: Dict[str, Any] = dict(lambd=self.lambd, perturb=self.perturb)
+        how.update(margin=self.margin, margin_noise=self.margin_noise)
+        how.update(mask=others, generator=step.generator, check_nan=False)
+        scores = self._similarity(feats, gallery)
+        if self.metric == 'ap':
+            losses = ap_loss(scores, targets, **how)
+        else:
+            losses = recall_loss(scores, targets, weighting=self.weighting, **how)
         count = (targets & others).any(1).sum()
         if self.check_values and self.training:
             self._look_for_positives(bool(count > 0))
@@ -235,11 +228,10 @@ class RaMBORetrievalLoss(Remembering, nn.Module):
 
     def _look_for_positives(self, found: bool) -> None:
         """Warn in a training that has had no positive in its first calls."""
-        if self._calls_without_positive < 0 or found:
-            self._calls_without_positive = -1
-            return
         self._calls_without_positive += 1
-        if self._calls_without_positive == PATIENCE:
+        if found:
+            self._calls_without_positive = PATIENCE  # no more to be said
+        elif self._calls_without_positive == PATIENCE:
             warnings.warn(
                 f'{self.name}: in none of the first {PATIENCE} calls were two images '
                 'of a class, so that nothing was learned. Give the training set a '
