@@ -105,7 +105,7 @@ def run_mmdet_script(name: str) -> None:
     def read(file: Any, *args: Any, **options: Any) -> Any:
         if file not in sys.argv:  # such as one that a config inherits
             return from_file(file, *args, **options)
-        Config.fromfile = from_file
+        Config.fromfile = staticmethod(from_file)
         with parser.refusing():
             return read_config(file)
 

@@ -55,17 +55,6 @@ def readable_file(text: str) -> Path:
     raise argparse.ArgumentTypeError(f'expected a file, got {shown}')
 
 
-def readable_folder(text: str) -> Path:
-    """Accept a folder."""
-    path = Path(text)
-    if not path.is_dir():
-        raise argparse.ArgumentTypeError(
-            f'expected a folder, got {text}, which '
-            + ('is a file' if path.exists() else 'does not exist')
-        )
-    return path
-
-
 def _writable(path: Path, shown: str) -> Path:
     """Raise unless something can be created in a folder; it tries."""
     folder = next(each for each in (path, *path.parents) if each.exists())
