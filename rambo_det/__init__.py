@@ -15,6 +15,9 @@ __all__ = ['__version__', 'functional']
 # Looking for mmdet rather than catching ImportError: a broken installation (a missing
 # mmcv, say) must be reported, not silently leave the registry empty.
 if find_spec('mmdet') is not None:
+    from .mmpretrain_import import import_mmpretrain
+
+    import_mmpretrain()
     from . import heads, hooks, registry
     from .checkpoint import check_what_mmengine_loads
     from .explanations import explain_errors
@@ -25,6 +28,7 @@ if find_spec('mmdet') is not None:
         BucketedAPLoss,
         BucketedRankSortLoss,
         RaMBOLoss,
+        RaMBORetrievalLoss,
         RankSortLoss,
         RoIFocalLoss,
     )
@@ -38,6 +42,7 @@ if find_spec('mmdet') is not None:
         'BucketedRankSortLoss',
         'OwnDataRunner',
         'RaMBOLoss',
+        'RaMBORetrievalLoss',
         'RankSortLoss',
         'RoIFocalLoss',
         'registry',

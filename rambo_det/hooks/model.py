@@ -2,7 +2,7 @@
 
 import os.path as osp
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Type, TypeVar
 
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import is_model_wrapper
@@ -11,6 +11,8 @@ from torch import nn
 
 from ..checkpoint import newest_whole
 from ..losses import RaMBOLoss
+
+Module = TypeVar('Module', bound=nn.Module)
 
 
 def check_interval(hook: Hook, interval: object) -> int:
@@ -28,13 +30,18 @@ def bare_model(runner: Any) -> nn.Module:
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
-def named_losses(runner: Any) -> Dict[str, RaMBOLoss]:
-    """Return every ``RaMBOLoss`` of the model under its name there."""
+def named_modules(runner: Any, kind: Type[Module]) -> Dict[str, Module]:
+    """Return every module of a kind in the model under its name there."""
     return {
         name: module
         for name, module in bare_model(runner).named_modules()
-        if isinstance(module, RaMBOLoss)
+        if isinstance(module, kind)
     }
+
+
+def named_losses(runner: Any) -> Dict[str, RaMBOLoss]:
+    """Return every ``RaMBOLoss`` of the model under its name there."""
+    return named_modules(runner, RaMBOLoss)
 
 
 def require_losses(hook: Hook, runner: Any, purpose: str) -> Dict[str, RaMBOLoss]:

@@ -12,7 +12,8 @@ from mmengine.hooks import Hook
 from mmengine.runner import IterBasedTrainLoop
 from torch import Tensor
 
-from .model import bare_model, checkpoint_is_due, choose_checkpoint, named_losses
+from ..losses import Remembering
+from .model import bare_model, checkpoint_is_due, choose_checkpoint, named_modules
 from .progress import Validations, waiting_gradients
 
 KEY = 'exact_resume'
@@ -127,7 +128,7 @@ class ExactResumeHook(Hook):
     def _own_state(self, runner: Any) -> Dict[str, Any]:
         """Return what only this process has."""
         memories = {}
-        for name, loss in named_losses(runner).items():
+        for name, loss in named_modules(runner, Remembering).items():
             memory = loss.get_extra_state()
             if 'rank' in memory:  # else all have the one in the state_dict
                 for key in ('scores', 'labels'):
@@ -187,7 +188,9 @@ class ExactResumeHook(Hook):
 
     def after_load_checkpoint(self, runner: Any, checkpoint: Dict[str, Any]) -> None:
         """Check the weights, and take the states out for the first epoch."""
-        memories = [f'{name}._extra_state' for name in named_losses(runner)]
+        memories = [
+            f'{name}._extra_state' for name in named_modules(runner, Remembering)
+        ]
         if not runner._resume:
             for key in memories:
                 checkpoint.get('state_dict', checkpoint).pop(key, None)

@@ -21,20 +21,19 @@ from .arguments import (
     parse_overlaps,
     parse_term,
     refuse_unknown,
+    steps,
 )
 from .gather import Exchange, Step, gather_step
-from .memory import ScoreMemory
-from .ranking_loss import RankingLoss
+from .memory import Remembering, ScoreMemory
+from .ranking_loss import PATIENCE, RankingLoss
 from .rows import Images, Ranked, Rows, check_overlaps, check_reduction, check_rows
 
 # What RaMBOScheduleHook can change during training.
 SCHEDULED = ('lambd', 'margin', 'loss_weight', 'auxiliary')
-# After so many calls without a positive, the loss says so.
-PATIENCE = 50
 
 
 @MODELS.register_module()
-class RaMBOLoss(RankingLoss):
+class RaMBOLoss(Remembering, RankingLoss):
     """Average precision of the classification scores as a loss.
 
     Rolínek et al., *Optimizing Rank-based Metrics with Blackbox Differentiation*, CVPR
@@ -150,10 +149,6 @@ class RaMBOLoss(RankingLoss):
                 'use_sigmoid to decide whether the classifier has a background column. '
                 + INHERITED
             )
-        if isinstance(memory, bool) or not isinstance(memory, int) or memory < 0:
-            raise ValueError(
-                f'RaMBOLoss: memory must be a number of steps >= 0, got {memory!r}'
-            )
         if gather is not None and not isinstance(gather, bool):
             raise TypeError(
                 'RaMBOLoss: gather must be True, False or None (where the head calls '
@@ -176,7 +171,7 @@ class RaMBOLoss(RankingLoss):
         self.lambd = number('lambd', lambd, positive=True, finite=False)
         self.margin = number('margin', margin)
         self.margin_noise = bool(margin_noise)
-        self.memory = memory
+        self.memory = steps('memory', memory)
         self.scores = scores
         self.has_background = has_background
         specs = dict(class_ap=class_ap, pooled_ap=pooled_ap)
@@ -420,36 +415,3 @@ class RaMBOLoss(RankingLoss):
                 'thresholds leave positives?',
                 stacklevel=4,
             )
-
-    # The score memory
-
-    def get_extra_state(self) -> Dict[str, Any]:
-        """Return the memory for the ``state_dict``, oldest step first."""
-        return self._memory.state()
-
-    def set_extra_state(self, state: Dict[str, Any]) -> None:
-        """Restore the memory; only the last ``memory`` steps are kept."""
-        self._memory.load(state if self._fills_memory else dict(scores=[], labels=[]))
-
-    @property
-    def remembered(self) -> Optional[ScoreMemory]:
-        """The memory; ``None`` where no term has span 'memory'."""
-        return self._memory if self._fills_memory else None
-
-    def _save_to_state_dict(
-        self, destination: Dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        """Leave out an empty memory: mmengine broadcasts all that a new model has.
-
-        It expects tensors there, and stops a distributed training at anything else.
-        """
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self._memory.saved:
-            destination.pop(prefix + '_extra_state')
-
-    def _load_from_state_dict(
-        self, state_dict: Dict[str, Any], prefix: str, *args: Any
-    ) -> None:
-        """Empty the memory where the saved one was."""
-        state_dict.setdefault(prefix + '_extra_state', dict(scores=[], labels=[]))
-        super()._load_from_state_dict(state_dict, prefix, *args)

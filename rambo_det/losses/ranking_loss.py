@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from .memory import ScoreMemory
 from .rows import Owner
 
+# After so many calls without a positive, a loss says so.
+PATIENCE = 50
+
 
 class RankingLoss(nn.Module):
     """A loss that ranks all rows of a call, which the bound heads hand over at once."""

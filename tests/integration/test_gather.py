@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 pytest.importorskip('mmdet', reason='RaMBOLoss is registered in mmdet')
 from mmengine.logging import MessageHub
 
-from rambo_det import RaMBOLoss
+from rambo_det import RaMBOLoss, RaMBORetrievalLoss
 from rambo_det.functional import (
     Ranking,
     apply_margin,
@@ -121,11 +121,26 @@ def steps_of(rank, world, settings, wrap):
     )
 
 
+def retrieval(rank, world, wrap):
+    """As steps_of, of two steps of retrieval; rows have as many classes as a loss."""
+    loss = RaMBORetrievalLoss(memory=1, margin_noise=True, margin=0.3)
+    model, found = wrap(classifier()), []
+    for step in (0, 4):
+        features, labels, *_ = union(step, world) if rank is None else batch(step, rank)
+        model.zero_grad()
+        torch.manual_seed(7 if rank in (None, 0) else rank)  # the first one's counts
+        value = loss(model(features), labels)
+        value.backward()
+        found.append((value.detach(), gradient(model)))
+    return dict(zip(('losses', 'gradients'), map(torch.stack, zip(*found))))
+
+
 def all_cases(rank, world):
-    return {
+    found = {
         name: steps_of(rank, world, settings, DistributedDataParallel)
         for name, settings in CASES.items()
     }
+    return dict(found, retrieval=retrieval(rank, world, DistributedDataParallel))
 
 
 @pytest.fixture(scope='module', params=[2, 4])
@@ -133,6 +148,25 @@ def found(request, tmp_path_factory):
     """The number of processes, and what each found in every case."""
     world = request.param
     return world, run(all_cases, world, tmp_path_factory.mktemp('group'), world)
+
+
+def test_retrieval_ranks_the_images_of_all_processes(found, monkeypatch):
+    world, results = found
+    # What the processes agree on, and one process has no need to.
+    own = RaMBORetrievalLoss._loss
+
+    def drawn(self, feats, labels, together):
+        torch.manual_seed(int(torch.randint(2**62, ())))
+        return own(self, feats, labels, together)
+
+    monkeypatch.setattr(RaMBORetrievalLoss, '_loss', drawn)
+    expected = retrieval(None, world, lambda model: model)
+    assert expected['gradients'].abs().sum(1).min() > 0
+    for result in results:
+        for name, values in expected.items():
+            torch.testing.assert_close(
+                result['retrieval'][name], values, rtol=1e-6, atol=1e-9
+            )
 
 
 @pytest.mark.parametrize('name', CASES)

@@ -19,6 +19,7 @@ import torch
 from mmdet.evaluation import VOCMetric
 from mmengine.config import Config
 
+from tests.helpers.random_runs import boxes_run
 from tools.analysis_tools import detections, plot_results
 from tools.dataset_tools import make_demo_voc
 from tools.dev import demo
@@ -131,11 +132,46 @@ def test_curves_list_scores_with_their_precision(load):
         assert np.all(np.diff(curve.scores) <= 0)
         # Keeping what reaches the best score keeps the best F1's detections.
         kept = sum(
-            (rows[label][:, 4] >= curve.best_score).sum() for rows in run.detections
+            (rows[label][:, 4] >= curve.best[0]).sum() for rows in run.detections
         )
         f1 = 2 * curve.precision * curve.recall
         f1 /= np.maximum(curve.precision + curve.recall, 1e-12)
         assert f1[kept - 1] == f1.max()
+
+
+@pytest.mark.parametrize(
+    'score, text',
+    [(0.5, '0.50'), (0.996, '0.996'), (0.99996, '0.99996'), (1.0, '1.00')],
+)
+def test_a_high_score_is_not_written_as_one(score, text):
+    assert plot_results.score_text(score) == text
+
+
+def test_labels_stay_inside_the_picture():
+    figure, axis = plot_results.plt.subplots()
+    axis.imshow(np.zeros((90, 120, 3)))
+    for corner in ([0, 0], [0, 70], [100, 0], [100, 70], [70, 3]):
+        box = np.array([*corner, corner[0] + 19, corner[1] + 19], float)
+        plot_results._draw_box(axis, box, (0, 0, 0), 'diningtable 0.998')
+    figure.canvas.draw()
+    area = axis.get_window_extent()
+    for text in axis.texts:
+        found = text.get_window_extent()
+        assert area.x0 <= found.x0 and found.x1 <= area.x1 + 1
+        assert area.y0 <= found.y0 and found.y1 <= area.y1
+    plot_results.plt.close(figure)
+
+
+def test_misses_are_the_objects_without_a_hit():
+    near, far = [0, 0, 50, 50], [60, 60, 90, 90]
+    run = boxes_run([near, far], [[*near, 0.9], [*near, 0.8], [*far, 0.3]])
+    for limit, expected in ((0.2, []), (0.5, [far]), (0.95, [near, far])):
+        assert plot_results.missed(run, 0, 0, limit).tolist() == expected
+    heading = plot_results._heading([run], None, 2)
+    assert '(0.30 to 0.30) up' in heading.replace('\n', ' ')
+    assert 'from 0.7 up' in plot_results._heading([run], 0.7, 9)
+    row = plot_results.table([run]).splitlines()[2]
+    assert row == '| a | 2 | 0.833 | 0.30 | 0.667 | 1.000 |'
 
 
 def test_command_line_draws_one_run_and_two(load, data, tmp_path, capsys):

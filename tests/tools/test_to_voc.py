@@ -8,7 +8,7 @@ from PIL import Image
 
 from tools.dataset_tools import check_voc, to_voc
 from tools.dataset_tools.make_demo_voc import digest
-from tools.dataset_tools.voc_data import read_lines
+from tools.dataset_tools.voc_lists import read_lines
 
 BOXES = [('cat', (2, 3, 20, 25)), ('dog', (5, 5, 15, 12))]
 
@@ -198,7 +198,7 @@ def test_splits_of_the_source_that_share_a_source_are_reported(tmp_path, capsys)
             name = f'{split}/p{i}_jpg.rf.{split}{i}'
             image(tmp_path / f'source/{name}.jpg', first + i)
             xml(tmp_path / f'source/{name}.xml')
-    assert convert(tmp_path / 'source', tmp_path / 'told') == 0
+    assert convert(tmp_path / 'source', tmp_path / 'told') == 1  # splits-copies
     assert (
         '3 images of train and val have their source in test' in capsys.readouterr().out
     )
@@ -224,7 +224,7 @@ def test_what_is_left_out_is_reported(tmp_path, capsys):
     assert lines[0] == 'images: 10 of 13'
     for words in (
         'alone.jpg: no annotation',
-        'bad.xml: no readable XML',
+        'bad.xml: is no readable XML',
         'empty.jpg: image-unreadable: is empty: taken out',
         'lonely.xml: no image of this name',
         '3.xml: box-zero-area: cat (5, 5, 5, 9): dropped',
@@ -255,6 +255,7 @@ def test_what_cannot_be_done_leaves_everything_alone(
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full/other.json').write_text('[]')
     before = digest(tmp_path)
-    assert convert(tmp_path / source, tmp_path / out) == 2
+    with pytest.raises(SystemExit, match='2'):
+        convert(tmp_path / source, tmp_path / out)
     assert message in capsys.readouterr().err
     assert digest(tmp_path) == before

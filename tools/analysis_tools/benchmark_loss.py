@@ -18,7 +18,6 @@ each problem was measured.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import datetime
 import json
@@ -55,6 +54,7 @@ from tools.analysis_tools.benchmark_report import (
     RS,
     SORT,
 )
+from tools.common.wrong_calls import Parser, at_least, writable_file
 
 HAS_MMDET = find_spec('mmdet') is not None
 if not HAS_MMDET:
@@ -402,24 +402,28 @@ def environment(device: str, patience: float) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument('--cases', nargs='*', choices=CASES, default=list(CASES))
-    parser.add_argument('--repeats', type=int, default=9)
-    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--repeats', type=at_least(1), default=9)
+    parser.add_argument('--threads', type=at_least(1), default=2)
     parser.add_argument('--device', default='cpu', help='cpu or cuda')
     parser.add_argument('--no-sweeps', dest='sweeps', action='store_false')
     parser.add_argument('--quick', action='store_true', help='small sizes, no meaning')
     parser.add_argument(
         '--limit',
-        type=float,
+        type=at_least(0, float),
         default=3.0,
         metavar='SECONDS',
         help='time for a rival on a problem; one whose call is longer is left out',
     )
-    parser.add_argument('--out', type=Path, help='path of the files, without suffix')
+    parser.add_argument(
+        '--out', type=writable_file, help='path of the files, without suffix'
+    )
     args = parser.parse_args(argv)
 
     torch.set_num_threads(args.threads)
+    with parser.refusing(RuntimeError, AssertionError):  # torch without CUDA, say
+        torch.empty(0, device=args.device)
     env = environment(args.device, patience=0 if args.quick else 90)
     start = time.monotonic()
     report: dict[str, Any] = dict(environment=env, limit=args.limit, quick=args.quick)

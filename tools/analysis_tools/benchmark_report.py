@@ -9,8 +9,6 @@ beside it. ``--update docs/benchmark.md`` puts the summary into the page.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from pathlib import Path
 from textwrap import fill
@@ -21,7 +19,8 @@ if not __package__:  # run as a script: its modules are those of the checkout
 
 import numpy as np
 
-from tools.common.markdown_table import markdown_table, update_page
+from tools.common.markdown_table import markdown_table, split_page, update_page
+from tools.common.wrong_calls import Parser, read_json, readable_file, reading
 
 OURS, SORT, FOCAL = 'RaMBOLoss', 'torch.sort', 'FocalLoss (mmdet)'
 REMEMBERING, AP, RS = 'RaMBOLoss, memory 7', 'AP Loss', 'RS Loss'
@@ -225,6 +224,9 @@ def text(report: dict[str, Any]) -> str:
     return '\n\n'.join([*sections, summary_table(cases), targets_table(report)])
 
 
+RESULTS = 'the JSON of benchmark_loss --out'
+
+
 def all_tables(report: dict[str, Any]) -> str:
     sections = [case_section(*item) for item in report['cases'].items()]
     for key, points in report['sweeps'].items():
@@ -232,15 +234,25 @@ def all_tables(report: dict[str, Any]) -> str:
     return '\n'.join(sections)
 
 
-if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('file', type=Path)
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument('file', type=readable_file)
     parser.add_argument('--all', action='store_true', help='print every table')
-    parser.add_argument('--update', type=Path, metavar='PAGE')
-    args = parser.parse_args()
-    content = json.loads(args.file.read_text(encoding='utf-8'))
-    print(all_tables(content) if args.all else text(content))
+    parser.add_argument('--update', type=readable_file, metavar='PAGE')
+    args = parser.parse_args(argv)
+    with parser.refusing():
+        content = read_json(args.file, RESULTS)
+        with reading(args.file, RESULTS):
+            shown = all_tables(content) if args.all else text(content)
+        if args.update:
+            split_page(args.update, *MARKS)
+    print(shown)
     if content['sweeps']:
         plot(content, args.file.with_suffix('.png'))
     if args.update:
         update_page(args.update, *MARKS, text(content))
+
+
+if __name__ == '__main__':
+    main()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mmdet.evaluation.functional.mean_ap import (
@@ -20,6 +21,7 @@ from mmengine.registry import init_default_scope
 
 from rambo_det.own_data import follow_own_data
 from rambo_det.safe_pickle import load_predictions
+from tools.common.wrong_calls import read_config, reading
 
 HIT, MISS, IGNORED = 1, -1, 0
 _COLUMNS = dict(bboxes='boxes', scores='scores', labels='labels')
@@ -44,12 +46,17 @@ class Curve:
     objects: int
 
     @property
-    def best_score(self) -> float:
-        """The score at which precision and recall balance best (F1)."""
+    def best(self) -> tuple[float, float, float]:
+        """The score at which F1 is best, and precision and recall from it up.
+
+        Between equal scores there is no threshold.
+        """
         if not len(self.scores):
-            return 0.0
+            return 0.0, 0.0, 0.0
         total = np.maximum(self.precision + self.recall, 1e-12)
-        return float(self.scores[np.argmax(self.precision * self.recall / total)])
+        ends = np.append(self.scores[1:] < self.scores[:-1], True)
+        at = np.argmax(np.where(ends, self.precision * self.recall / total, -1))
+        return tuple(float(x[at]) for x in (self.scores, self.precision, self.recall))
 
 
 @dataclass(frozen=True)
@@ -124,8 +131,16 @@ class Run:
         return [list(image) for image in zip(*by_class)]
 
 
-def best_f1(run: Run) -> tuple[float, float, float]:
-    """Return the best F1, the score from which on it is reached, and F1 from 0.5 on.
+def scored(run: Run, threshold: float) -> Run:
+    """Return a run without the detections of a lower score."""
+    detections = [
+        [rows[rows[:, 4] >= threshold] for rows in image] for image in run.detections
+    ]
+    return replace(run, detections=detections)
+
+
+def best_f1(run: Run, half: float = 0.5) -> tuple[float, float, float]:
+    """Return the best F1, the score from which on it is reached, and F1 from half on.
 
     Detections of all classes and images are pooled: of those that score at least t,
     precision is the share of hits among hits and misses, and recall the share of the
@@ -145,7 +160,7 @@ def best_f1(run: Run) -> tuple[float, float, float]:
     # Between equal scores there is no threshold.
     ends = np.flatnonzero(np.append(scores[1:] < scores[:-1], True))
     best = ends[np.argmax(f1[ends])]
-    kept = int((scores >= 0.5).sum())
+    kept = int((scores >= half).sum())
     return float(f1[best]), float(scores[best]), float(f1[kept - 1]) if kept else 0.0
 
 
@@ -275,34 +290,60 @@ def load_run(
     Raises:
         ValueError: If the predictions are not those of the config's dataset.
     """
-    cfg = follow_own_data(Config.fromfile(config))
+    cfg = follow_own_data(read_config(config))
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    with reading(Path(predictions), 'the file of tools/test.py --out'):
+        found = _predictions(predictions)
+    name = name or Path(config).stem
+    return make_run(cfg, dataset, found, name, iou, (str(predictions), str(config)))
+
+
+def make_run(
+    cfg: Config,
+    dataset: Any,
+    predictions: dict[str, dict],
+    name: str,
+    iou: float = 0.5,
+    files: tuple[str, str] = ('the detector', 'the config'),
+) -> Run:
+    """Make a run of a config, its test dataset and what was predicted for each image.
+
+    Args:
+        cfg: The config.
+        dataset: The dataset, built of it.
+        predictions: ``bboxes``, ``scores`` and ``labels`` by image id.
+        name: What to call the run.
+        iou: The IoU from which a detection matches an object.
+        files: What to call the predictions and the config in an error.
+
+    Raises:
+        ValueError: If the predictions are not those of the dataset.
+    """
     classes = tuple(dataset.metainfo['classes'])
     infos = [dataset.get_data_info(index) for index in range(len(dataset))]
-    dumped = _predictions(predictions)
     names = [str(info['img_id']) for info in infos]
 
-    missing = [name for name in names if name not in dumped]
-    if missing or len(dumped) != len(infos):
+    missing = [name for name in names if name not in predictions]
+    if missing or len(predictions) != len(infos):
         raise ValueError(
-            f'{predictions} holds predictions for {len(dumped)} images, the test '
-            f'dataset of {config} has {len(infos)}, of which {len(missing)} are not '
+            f'{files[0]} holds predictions for {len(predictions)} images, the test '
+            f'dataset of {files[1]} has {len(infos)}, of which {len(missing)} are not '
             'among them; dump them anew with tools/test.py CONFIG CHECKPOINT --out'
         )
-    samples = [dumped[name] for name in names]
+    samples = [predictions[name] for name in names]
     highest = max(
         (int(s['labels'].max()) for s in samples if len(s['labels'])), default=0
     )
     if highest >= len(classes):
         raise ValueError(
-            f'{predictions} holds class {highest}, but {config} has only the '
+            f'{files[0]} holds class {highest}, but {files[1]} has only the '
             f'{len(classes)} classes 0 to {len(classes) - 1}: {", ".join(classes)}'
         )
     evaluator = cfg.get('test_evaluator')
     voc = isinstance(evaluator, dict) and evaluator.get('type') == 'VOCMetric'
     return Run(
-        name=name or Path(config).stem,
+        name=name,
         classes=classes,
         images={info['img_id']: info['img_path'] for info in infos},
         truth=[_by_flag(info['instances']) for info in infos],

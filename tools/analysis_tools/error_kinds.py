@@ -38,6 +38,13 @@ from mmdet.evaluation.functional.bbox_overlaps import bbox_overlaps
 from tools.analysis_tools.detections import MISS, Run, load_run
 from tools.common.atomic_file import atomic_file
 from tools.common.markdown_table import markdown_table
+from tools.common.wrong_calls import (
+    Parser,
+    read_json,
+    readable_file,
+    reading,
+    writable_file,
+)
 
 KINDS = ('duplicate', 'class', 'place', 'background', 'other')
 HIT_IOU, NEAR_IOU = 0.5, 0.1
@@ -121,19 +128,25 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        'files', nargs='*', metavar='CONFIG PREDICTIONS', help='one pair or more'
+        'files',
+        nargs='*',
+        type=readable_file,
+        metavar='CONFIG PREDICTIONS',
+        help='one pair or more',
     )
     parser.add_argument('--name', action='append', default=[], help='one for each pair')
-    parser.add_argument('--out', type=Path, help='JSON of the results')
-    parser.add_argument('--table', type=Path, help='print the table of such a file')
+    parser.add_argument('--out', type=writable_file, help='JSON of the results')
+    parser.add_argument('--table', type=readable_file, help='print the table of a file')
     args = parser.parse_intermixed_args(argv)
     if args.table:
-        results = json.loads(args.table.read_text(encoding='utf-8'))
-        print(table(results))
+        expected = 'the results that --out writes'
+        with parser.refusing(), reading(args.table, expected):
+            results = read_json(args.table, expected)
+            print(table(results))
         return results
     pairs = list(zip(args.files[::2], args.files[1::2]))
     names = args.name or [Path(config).stem for config, _ in pairs]
@@ -145,7 +158,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     results = {}
     for name, (config, predictions) in zip(names, pairs):
         print(f'{name}: matching …', flush=True)
-        results[name] = analyse(load_run(config, predictions, name))
+        with parser.refusing():
+            run = load_run(config, predictions, name)
+        results[name] = analyse(run)
     if args.out:
         with atomic_file(args.out) as draft:
             draft.write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')

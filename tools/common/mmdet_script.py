@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import runpy
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Container, Iterator
+
+from tools.common.wrong_calls import (
+    Parser,
+    read_config,
+    writable_file,
+    writable_folder,
+)
 
 
 def find_mmdet_script(name: str) -> Path:
@@ -68,22 +76,38 @@ def forgotten_import(cfg: Any, names: Container[str]) -> str | None:
     )
 
 
+def _predictions(text: str) -> Path:
+    if not text.endswith(('.pkl', '.pickle')):
+        raise argparse.ArgumentTypeError(f'must end in .pkl, got {text}')
+    return writable_file(text)
+
+
 def run_mmdet_script(name: str) -> None:
     """Run mmdet's ``tools/{name}.py`` with this process' arguments.
 
     It runs as ``__main__``, as if called directly, so its options, its defaults and
     its distributed launchers work unchanged.
     """
+    parser = Parser(prog=name, add_help=False, allow_abbrev=False)
+    parser.add_argument('--out', type=_predictions)
+    parser.add_argument('--work-dir', type=writable_folder)
+    parser.parse_known_args()
+    argparse.ArgumentParser.error = Parser.error  # mmdet's own parser: one line
     try:
         path = find_mmdet_script(name)
     except FileNotFoundError as error:
         sys.exit(f'tools/{name}.py: {error}')
-    from mmengine.config.utils import MODULE2PACKAGE
+    from mmengine.config import Config
     from mmengine.runner import Runner
 
-    # As importing the package does, for configs that inherit `rambo_det::...`.
-    MODULE2PACKAGE.setdefault('rambo_det', 'rambo_det.version')
-    from_cfg = Runner.from_cfg.__func__
+    from_cfg, from_file = Runner.from_cfg.__func__, Config.fromfile
+
+    def read(file: Any, *args: Any, **options: Any) -> Any:
+        if file not in sys.argv:  # such as one that a config inherits
+            return from_file(file, *args, **options)
+        Config.fromfile = from_file
+        with parser.refusing():
+            return read_config(file)
 
     # Without the package PyTorch >= 2.6 refuses mmengine's checkpoints, also those of
     # the cross-entropy twins, whose configs do not import it. It is imported only when
@@ -95,7 +119,11 @@ def run_mmdet_script(name: str) -> None:
         message = None if imported else forgotten_import(cfg, rambo_det.__all__)
         if message:
             sys.exit(f'tools/{name}.py: {message}')
+        start = cfg.get('load_from')
+        if start and '://' not in start and not Path(start).is_file():
+            parser.error(f'expected a checkpoint, got {start}, which is no file')
         return from_cfg(cls, cfg)
 
     Runner.from_cfg = classmethod(checked)
+    Config.fromfile = staticmethod(read)
     runpy.run_path(str(path), run_name='__main__')

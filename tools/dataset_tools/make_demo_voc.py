@@ -17,10 +17,10 @@ every object as its mask, for detectors that need masks and for CocoMetric.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
 import tempfile
@@ -33,6 +33,8 @@ if not __package__:  # run as a script: its modules are those of the checkout
 
 import cv2
 import numpy as np
+
+from tools.common.wrong_calls import Parser, writable_folder
 
 VERSION = 1
 MANIFEST = 'demo_voc.json'
@@ -451,15 +453,17 @@ def digest(root: str | Path) -> str:
     root = Path(root)
     state = hashlib.sha256()
     for path in sorted(p for p in root.rglob('*') if p.is_file()):
-        state.update(f'{path.relative_to(root).as_posix()}\n'.encode())
+        state.update(os.fsencode(f'{path.relative_to(root).as_posix()}\n'))
         state.update(hashlib.sha256(path.read_bytes()).digest())
     return state.hexdigest()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--out', required=True, help='folder to write')
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        '--out', type=writable_folder, required=True, help='folder to write'
+    )
     parser.add_argument('--train', type=int, default=2000, help='training images')
     parser.add_argument('--test', type=int, default=300, help='test images')
     parser.add_argument(
@@ -470,12 +474,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         '--coco', action='store_true', help=f'also write {COCO}/, with masks'
     )
     args = parser.parse_args(argv)
-    try:
+    with parser.refusing():
         written = generate(args.out, args.train, args.test, tuple(args.size), args.seed)
         if args.coco:
             write_coco(args.out)
-    except (ValueError, FileExistsError) as error:
-        sys.exit(f'make_demo_voc: {error}')
     state = 'written to' if written else 'already in'
     print(f'{args.train} + {args.test} images {state} {args.out}')
     print(f'SHA-256 of the folder: {digest(args.out)}')

@@ -26,7 +26,6 @@ import io
 import os
 import random
 import re
-import shutil
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
@@ -37,17 +36,19 @@ from typing import Iterable, Mapping, Sequence
 if not __package__:  # run as a script: its modules are those of the checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from PIL import Image
-
+from tools.common.wrong_calls import Parser, at_least
 from tools.dataset_tools.check_voc import report
-from tools.dataset_tools.voc_data import MAIN, SUFFIXES, ImageList, check
-from tools.dataset_tools.voc_files import ANNOTATIONS, IMAGES
-from tools.dataset_tools.voc_fix import REPORT, check_out, write_fixed
+from tools.dataset_tools.splits import ROBOFLOW
+from tools.dataset_tools.voc_data import check
+from tools.dataset_tools.voc_files import ANNOTATIONS, IMAGES, Settings, read_file
+from tools.dataset_tools.voc_fix import check_out, make_plan, new_folder, write_files
+from tools.dataset_tools.voc_images import read_image
+from tools.dataset_tools.voc_lists import MAIN, SUFFIXES, ImageList
+from tools.dataset_tools.voc_xml import read_xml
 
 SPLITS = ('train', 'val', 'test')
 OWN_REPORT = 'to_voc_report.txt'
 _TOLD = re.compile(r'(?<![a-z])(train|test|val|valid|validation)(?![a-z])', re.I)
-_COPY = re.compile(r'(_(jpe?g|png|bmp|webp))?\.rf\.[0-9A-Za-z]+$', re.I)
 _NUMBER = re.compile(r'[\W_]*(frame|image|img)?[\W_]*\d+$', re.I)
 
 
@@ -115,10 +116,9 @@ def _annotation(image: Path, objects: Iterable[tuple[str, bool, list[int]]]) -> 
     root = ET.Element('annotation')
     ET.SubElement(root, 'filename').text = image.name
     # A damaged image has no size; check_voc.py tells of it.
-    with contextlib.suppress(Exception), Image.open(image) as opened:
-        width, height = opened.size
-        if opened.getexif().get(0x0112, 1) > 4:  # turned, as OpenCV reads it
-            width, height = height, width
+    picture = read_image(read_file(image))
+    if picture:
+        width, height = picture.size
         _element(root, 'size', width=width, height=height, depth=3)
     for name, difficult, box in objects:
         found = _element(root, 'object', name=name, difficult=int(difficult))
@@ -205,9 +205,9 @@ class Reader:
     def _read_xml(self, path: Path, source: Path) -> None:
         content = path.read_bytes()
         try:
-            root = ET.fromstring(content)
-        except (ET.ParseError, ValueError, LookupError) as error:
-            self.left.append(f'{path}: no readable XML: {error}')
+            root, _ = read_xml(content)
+        except ValueError as error:
+            self.left.append(f'{path}: {error}')
             return
         if root.tag != 'annotation' and root.find('object') is None:
             self.left.append(f'{path}: XML of another kind, <{root.tag}>')
@@ -283,8 +283,8 @@ def _sources(items: Sequence[Item], pattern: str | None) -> str:
     for item in items:
         stem, folder = item.image.stem, item.image.parent
         item.source = str(item.image)
-        if _COPY.search(stem):  # also from one folder to another
-            stem, folder = _COPY.sub('', stem), Path('copies')
+        if ROBOFLOW.search(stem):  # also from one folder to another
+            stem, folder = ROBOFLOW.sub('', stem), Path('copies')
             item.source = str(folder / stem)
             copies[item.source] += 1
         start = _NUMBER.sub('', stem)
@@ -405,9 +405,9 @@ def make_splits(
 
 
 def convert(
-    args: argparse.Namespace, folder: Path
+    args: argparse.Namespace, folder: Path, out: Path
 ) -> tuple[list[str], list[str], list[str]]:
-    """Write the data set into ``folder/data``.
+    """Write the data set into ``out``, by way of a folder of links.
 
     Returns:
         The classes, what was done, and what differs from the source, in lines.
@@ -435,7 +435,8 @@ def convert(
         (draft / ANNOTATIONS / f'{item.name}.xml').write_bytes(item.xml)
     every = draft / MAIN / 'all.txt'
     every.write_text(''.join(f'{item.name}\n' for item in items), encoding='utf-8')
-    checked = check(draft, classes, jobs=args.jobs)
+    settings = Settings(draft, classes=(*classes,), drop_unknown=True)
+    checked = check(settings, jobs=args.jobs)
     every.unlink()
 
     usable = [item for item in items if checked.examined[item.name].usable]
@@ -455,8 +456,12 @@ def convert(
         ],
         problems=[p for p in checked.problems if p.kind != 'class-empty'],
     )
-    changes = write_fixed(checked, folder / 'data')
-    (folder / 'data' / REPORT).unlink()
+    plan = make_plan(checked)
+    write_files(checked, plan, out)
+    changes = [
+        f'{p.file}: {p.kind}: {p.detail}: {p.repair}' for p in plan.problems if p.repair
+    ]
+    changes += [line for lines in plan.changes.values() for line in lines]
     renamed = [str(i.image) for i in usable if i.image.suffix.lower() != '.jpg']
     done = [
         f'images: {len(usable)} of {len(reader.images)}',
@@ -480,9 +485,9 @@ def convert(
     return classes, done, [*reader.left, *reader.notes, *changes]
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('sources', nargs='+', type=Path, metavar='SOURCE')
@@ -515,46 +520,35 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action='store_true',
         help='keep images without annotation, as such without objects',
     )
-    parser.add_argument('--jobs', type=int, default=os.cpu_count(), metavar='N')
+    parser.add_argument('--jobs', type=at_least(1), default=os.cpu_count(), metavar='N')
     args = parser.parse_args(argv)
     if min(args.split) <= 0:
         parser.error(f'--split must be three numbers above 0, got {args.split}')
-    if args.jobs < 1:
-        parser.error(f'--jobs must be 1 or more, got {args.jobs}')
     try:
         re.compile(args.source_of or '')
     except re.error as error:
         parser.error(
             f'--source-of {args.source_of!r} is no regular expression: {error}'
         )
-    return args
+    return parser, args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    args = parse(argv)
-    try:
+    parser, args = parse(argv)
+    with parser.refusing():
         for source in args.sources:
             check_out(args.out, source, '--out')
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            dir=args.out.parent, prefix=f'{args.out.name}.part'
-        ) as folder:
-            classes, done, changes = convert(args, Path(folder))
-            data = Path(folder, 'data')
+        with new_folder(args.out) as draft, tempfile.TemporaryDirectory() as folder:
+            classes, done, changes = convert(args, Path(folder), draft)
             lines = [*done, f'differences from the source: {len(changes)}', *changes]
-            (data / OWN_REPORT).write_text('\n'.join([*lines, '']), encoding='utf-8')
-            if args.out.exists():
-                args.out.rmdir()
-            shutil.move(data, args.out)
+            text = '\n'.join([*lines, ''])
+            (draft / OWN_REPORT).write_text(text, 'utf-8', 'backslashreplace')
         print('\n'.join(lines[: len(done) + 11]))
         if len(changes) > 10:
             print(f'and {len(changes) - 10} more, in {args.out / OWN_REPORT}')
-        checked = check(args.out, classes, jobs=args.jobs)
+        checked = check(Settings(args.out, classes=(*classes,)), jobs=args.jobs)
         print(f'\nThe result, checked:\n{report(checked, 10)}')
-    except (ValueError, OSError) as error:
-        print(f'to_voc: {error}', file=sys.stderr)
-        return 2
     names = ', '.join(map(repr, classes)) + ',' * (len(classes) == 1)
     print(
         f'\nIn a config that inherits one of own_data:\n'

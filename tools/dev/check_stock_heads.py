@@ -10,7 +10,6 @@ generated images. The table in the docs is what this tool prints.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import re
 import sys
@@ -30,6 +29,7 @@ from mmengine.logging import MMLogger
 
 import rambo_det  # noqa: F401
 from tools.common.markdown_table import markdown_table, split_page, update_page
+from tools.common.wrong_calls import Parser, readable_file
 from tools.dev.stock_heads import HEADS, NOT_APPLICABLE, stock_config
 
 CLASSES = 6
@@ -176,18 +176,16 @@ def table(rows: dict[str, list[str]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument('--only', nargs='+', help='names of heads')
     parser.add_argument(
         '--loss', nargs='+', default=[], help='more arguments, as in use_sigmoid=True'
     )
-    parser.add_argument('--update', type=Path, help='page that gets the table')
+    parser.add_argument('--update', type=readable_file, help='page that gets the table')
     args = parser.parse_args(argv)
     if args.update:
-        try:
+        with parser.refusing():
             split_page(args.update, *MARKS)
-        except ValueError as error:
-            parser.error(str(error))
     loss = {}
     for pair in args.loss:
         key, _, value = pair.partition('=')

@@ -10,7 +10,6 @@ weights; about three minutes on a CPU.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import subprocess
@@ -23,6 +22,7 @@ if not __package__:  # run as a script: its modules are those of the checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from tools import ROOT
+from tools.common.wrong_calls import Parser, readable_file, writable_folder
 from tools.dataset_tools.make_demo_voc import generate
 
 CONFIG = ROOT / 'configs' / 'demo' / 'faster-rcnn_tiny_fpn_rambo_demo.py'
@@ -60,30 +60,26 @@ def _checkpoint(work_dir: Path) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the demo."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--config', type=Path, default=CONFIG)
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument('--config', type=readable_file, default=CONFIG)
     parser.add_argument(
         '--data',
-        type=Path,
+        type=writable_folder,
         default=Path('data/demo_voc'),
         help='folder of the generated data set (default: %(default)s)',
     )
     parser.add_argument(
         '--work-dir',
-        type=Path,
+        type=writable_folder,
         default=Path('work_dirs/demo'),
         help='folder of all results (default: %(default)s)',
     )
     args = parser.parse_args(argv)
-    if not args.config.is_file():
-        parser.error(f'--config must be a config file, got {args.config}')
 
     start = time.monotonic()
     print(f'=== 1/4 data: generating shapes in {args.data} (seconds)', flush=True)
-    try:
+    with parser.refusing():
         written = generate(args.data)
-    except FileExistsError as error:
-        sys.exit(f'demo: {error}')
     print('written' if written else 'already there')
 
     # The configs read the data root from the environment.

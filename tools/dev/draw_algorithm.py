@@ -9,7 +9,6 @@ plain Python, as the page tells them.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from bisect import bisect_right
 from itertools import accumulate
@@ -25,6 +24,7 @@ import torch
 from rambo_det.functional import Ranking, ap_loss, detection_ap_loss
 from tools import ROOT
 from tools.common.markdown_table import markdown_table
+from tools.common.wrong_calls import Parser, writable_file
 
 PICTURE = ROOT / 'docs' / 'images' / 'algorithm.png'
 Scores = Mapping[str, float]
@@ -353,8 +353,10 @@ def draw(path: Path, dpi: int = 160) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the page's numbers and draw its picture."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--out', type=Path, default=PICTURE, help='the picture (PNG)')
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        '--out', type=writable_file, default=PICTURE, help='the picture (PNG)'
+    )
     args = parser.parse_args(argv)
     print('\n\n'.join(blocks()))
     draw(args.out)

@@ -11,7 +11,6 @@ text goes between the marks in README.md. Its numbers are those of docs/results.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 import textwrap
@@ -29,6 +28,7 @@ import torch
 from rambo_det.functional import ap_loss
 from tools import ROOT
 from tools.common.markdown_table import update_page
+from tools.common.wrong_calls import Parser, readable_file, writable_folder
 from tools.experiments import converged
 
 README = ROOT / 'README.md'
@@ -264,15 +264,17 @@ def _save(figure: Any, path: Path, dpi: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--out', type=Path, default=PICTURES, help='of the pictures')
-    parser.add_argument('--update', type=Path, default=README, metavar='PAGE.md')
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        '--out', type=writable_folder, default=PICTURES, help='of the pictures'
+    )
+    parser.add_argument(
+        '--update', type=readable_file, default=README, metavar='PAGE.md'
+    )
     args = parser.parse_args(argv)
-    try:
+    with parser.refusing():
         runs, ours = read_runs()
         update_page(args.update, *MARKS, result_text(runs, ours))
-    except ValueError as error:
-        sys.exit(f'draw_readme: {error}')
     draw_loss(args.out / 'loss.png')
     draw_result(runs, args.out / 'result.png')
 

@@ -393,6 +393,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run the program and return its exit status."""
     parser = argparse.ArgumentParser(description='Set up the environment of a stack.')
     parser.add_argument('--stack', choices=sorted(VENVS), default='mmdet')
+    # An error is one line.
+    parser.print_usage = lambda file=None: None  # type: ignore[method-assign]
     stack = parser.parse_args(arguments).stack
     try:
         if os.name != 'posix':

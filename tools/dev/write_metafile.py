@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 if not __package__:  # run as a script: its modules are those of the checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -20,6 +20,7 @@ import yaml
 
 from tools import ROOT
 from tools.common.atomic_file import atomic_file
+from tools.common.wrong_calls import Parser
 from tools.experiments import converged
 
 METAFILE = ROOT / 'configs' / 'metafile.yml'
@@ -66,6 +67,12 @@ def metafile() -> str:
     return HEADER + yaml.safe_dump(content, sort_keys=False)
 
 
-if __name__ == '__main__':
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line, which has no arguments."""
+    Parser(description=__doc__.splitlines()[0]).parse_args(argv)
     with atomic_file(METAFILE) as draft:
         draft.write_text(metafile(), encoding='utf-8')
+
+
+if __name__ == '__main__':
+    main()

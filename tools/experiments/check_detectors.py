@@ -40,6 +40,15 @@ if not __package__:  # run as a script: its modules are those of the checkout
 from tools import ROOT
 from tools.common.atomic_file import atomic_file
 from tools.common.markdown_table import markdown_table, split_page, update_page
+from tools.common.wrong_calls import (
+    Parser,
+    at_least,
+    read_json,
+    readable_file,
+    reading,
+    writable_file,
+    writable_folder,
+)
 
 RESULTS = ROOT / 'docs' / 'results' / 'detectors.json'
 CONFIGS = ROOT / 'configs'
@@ -56,11 +65,16 @@ START, END = 5, 10  # steps whose mean AP is that of the start and of the end
 
 
 def configs() -> list[Path]:
-    """Return the shipped configs that train with RaMBO; own_data repeats heads."""
+    """Return the shipped configs that train with RaMBO.
+
+    Not those in own_data, nor for fine-tuning, which repeat detectors.
+    """
     return sorted(
         path
         for path in CONFIGS.glob('*/*.py')
-        if path.parent.name not in ('_base_', 'own_data') and 'rambo' in path.stem
+        if path.parent.name not in ('_base_', 'own_data', 'reid')
+        and 'rambo' in path.stem
+        and 'finetune' not in path.stem
     )
 
 
@@ -343,26 +357,30 @@ def run(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument('--only', nargs='+', default=[''], help='parts of the names')
-    parser.add_argument('--steps', type=int, default=STEPS)
-    parser.add_argument('--out', type=Path, default=RESULTS, help='results file')
-    parser.add_argument('--work-dir', type=Path, help='kept; default: a temporary one')
+    parser.add_argument('--steps', type=at_least(1), default=STEPS)
+    parser.add_argument(
+        '--out', type=writable_file, default=RESULTS, help='results file'
+    )
+    parser.add_argument(
+        '--work-dir', type=writable_folder, help='kept; default: a temporary one'
+    )
     parser.add_argument('--table-only', action='store_true')
-    parser.add_argument('--update', type=Path, help='page that gets the table')
+    parser.add_argument('--update', type=readable_file, help='page that gets the table')
     args = parser.parse_args(argv)
     results: dict[str, Any] = {}
     if args.out.is_file():
-        results = json.loads(args.out.read_text())['results']
+        expected = 'results of check_detectors'
+        with parser.refusing(), reading(args.out, expected):
+            results = read_json(args.out, expected)['results']
     names = {path: f'{path.parent.name}/{path.stem}' for path in configs()}
     chosen = [p for p, name in names.items() if any(part in name for part in args.only)]
     if not chosen:
         parser.error(f'--only {" ".join(args.only)}: no shipped config has such a name')
     if args.update:  # not only after minutes of training
-        try:
+        with parser.refusing():
             split_page(args.update, *MARKS)
-        except ValueError as error:
-            parser.error(str(error))
     failed = (
         [] if args.table_only else run(args, {p: names[p] for p in chosen}, results)
     )

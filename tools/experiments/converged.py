@@ -42,6 +42,15 @@ from scipy.stats import t
 from tools import ROOT
 from tools.common.atomic_file import atomic_file
 from tools.common.markdown_table import markdown_table, split_page, update_page
+from tools.common.wrong_calls import (
+    Parser,
+    at_least,
+    read_json,
+    readable_file,
+    reading,
+    writable_file,
+    writable_folder,
+)
 from tools.experiments.runs import RunError, Training, alone_in, resolve
 
 OUT = ROOT / 'docs' / 'results' / 'converged.json'
@@ -96,20 +105,21 @@ def names(stem: str, loss: str | None = None, split: str = 'test') -> dict[str, 
 
 def read_rows(path: Path) -> list[Row]:
     """Read the rows of a file; none if there is no file."""
-    return (
-        json.loads(path.read_text(encoding='utf-8'))['runs'] if path.is_file() else []
-    )
+    if not path.is_file():
+        return []
+    with reading(path, 'the rows that converged writes'):
+        return read_json(path, 'rows')['runs']
 
 
-def add_rows(path: Path, rows: Iterable[Row]) -> None:
+def add_rows(path: Path, rows: Iterable[Row], names: Sequence[str] = KEY) -> None:
     """Put rows in the places of those with the same names, at once or not at all.
 
     Other processes may do the same at the same time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with alone_in(path.parent):
-        found = {tuple(row[key] for key in KEY): row for row in read_rows(path)}
-        found.update({tuple(row[key] for key in KEY): row for row in rows})
+        found = {tuple(row[key] for key in names): row for row in read_rows(path)}
+        found.update({tuple(row[key] for key in names): row for row in rows})
         lines = [f'  {json.dumps(found[key])}' for key in sorted(found)]
         with atomic_file(path) as draft:
             text = '{"runs": [\n' + ',\n'.join(lines) + '\n]}\n'
@@ -257,33 +267,41 @@ def tables(rows: Sequence[Row]) -> str:
     return '\n\n'.join([*texts, NOTE])
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def parse(argv: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('config', nargs='?', type=Path, metavar='CONFIG')
-    parser.add_argument('--seeds', nargs='+', type=int, default=[0])
+    parser.add_argument('config', nargs='?', type=readable_file, metavar='CONFIG')
+    parser.add_argument('--seeds', nargs='+', type=at_least(0), default=[0])
     parser.add_argument('--loss', help="the variant's name (default: the config's)")
     parser.add_argument('--split', choices=SPLITS, default='test')
     parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE')
-    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/converged'))
-    parser.add_argument('--out', type=Path, default=OUT, help='the file of the rows')
+    parser.add_argument(
+        '--work-dir', type=writable_folder, default=Path('work_dirs/converged')
+    )
+    parser.add_argument(
+        '--out', type=writable_file, default=OUT, help='the file of the rows'
+    )
     parser.add_argument('--table-only', action='store_true', help='train nothing')
     parser.add_argument(
-        '--add', type=Path, nargs='+', default=[], help='take over the rows of a file'
+        '--add',
+        type=readable_file,
+        nargs='+',
+        default=[],
+        help='take over the rows of a file',
     )
-    parser.add_argument('--update', type=Path, metavar='PAGE.md')
+    parser.add_argument('--update', type=readable_file, metavar='PAGE.md')
     args = parser.parse_args(argv)
     if bool(args.config) == bool(args.table_only or args.add):
         parser.error('expected either CONFIG to train, or --table-only or --add')
     if args.loss and '_' in args.loss:
         parser.error(f'--loss must be without underscores, got {args.loss!r}')
-    return args
+    return parser, args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    args = parse(argv)
+    parser, args = parse(argv)
     failed = 0
     # As Ctrl-C does: what it has started is stopped too.
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -299,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.update:
             update_page(args.update, *MARKS, text)
     except ValueError as error:
-        sys.exit(f'converged: {error}')
+        parser.error(str(error))
     finally:
         signal.signal(signal.SIGTERM, before)
     if failed:

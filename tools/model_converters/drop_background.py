@@ -11,7 +11,6 @@ columns, such as RetinaNet's, need no change: load their checkpoint as it is.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -21,6 +20,8 @@ if not __package__:  # run as a script: its modules are those of the checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
+
+from tools.common.wrong_calls import Parser, at_least, readable_file, writable_file
 
 # RoI heads, also those of a cascade, and DETR.
 CLASSIFIER = re.compile(r'(^|\.)(bbox_head(\.\d+)?)\.fc_cls\.(weight|bias)$')
@@ -55,10 +56,12 @@ def drop_background(state: dict[str, Any], num_classes: int) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('checkpoint', type=Path)
-    parser.add_argument('out', type=Path)
-    parser.add_argument('--num-classes', type=int, help='default: what the file says')
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument('checkpoint', type=readable_file)
+    parser.add_argument('out', type=writable_file)
+    parser.add_argument(
+        '--num-classes', type=at_least(1), help='default: what the file says'
+    )
     args = parser.parse_args(argv)
     from rambo_det.checkpoint import load_checkpoint
 

@@ -1,0 +1,5 @@
+_base_ = '../_base_/reid_omniglot.py'
+
+model = dict(
+    head=dict(loss_triplet=dict(type='RaMBORetrievalLoss', margin=0.2, memory=0))
+)
