@@ -20,6 +20,7 @@ from mmengine.runner import checkpoint as loading
 from rambo_det.checkpoint import is_whole, load_checkpoint, write_whole
 from rambo_det.safe_pickle import load_predictions
 from tests.helpers.toy_training import rambo_loss, train
+from tools.experiments.runs import parse_options
 
 
 def message_hub_state():
@@ -280,3 +281,11 @@ def test_without_a_seal_a_changed_byte_is_found_or_does_no_harm(tmp_path):
         else:
             assert torch.equal(loaded['weight'], weight), place
     assert found > len(honest) / 10
+
+
+def test_option_strings_are_not_evaluated(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call = f"__import__('os').mkdir('{TRAP}')"
+    for value in (call, f'[{call}]', f'({call},)'):
+        parse_options([f'model.{TRAP}={value}'])
+    assert not os.path.exists(TRAP)

@@ -133,7 +133,6 @@ def find_classifier(model: nn.Module) -> Classifier:
 
 def load_config(path: str | Path, options: dict[str, Any] | None = None) -> Config:
     """Read a config with options, ready to build from."""
-    import rambo_det  # noqa: F401 - lets torch.load read mmengine's checkpoints
     from rambo_det.own_data import follow_own_data
 
     cfg = Config.fromfile(path)
@@ -148,7 +147,9 @@ def load_checkpoint(path: str | Path, cfg: Config) -> dict[str, Any]:
     Raises:
         ValueError: If it is none, or has other classes than the config's test data.
     """
-    content = torch.load(path, map_location='cpu', weights_only=True)
+    from rambo_det.checkpoint import load_checkpoint as load
+
+    content = load(path, 'cpu')
     if not isinstance(content, dict) or 'state_dict' not in content:
         raise ValueError(f'{path}: expected a checkpoint with a state_dict')
     theirs = (content.get('meta', {}).get('dataset_meta') or {}).get('classes')
