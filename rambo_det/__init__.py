@@ -15,8 +15,11 @@ __all__ = ['__version__', 'functional']
 # Looking for mmdet rather than catching ImportError: a broken installation (a missing
 # mmcv, say) must be reported, not silently leave the registry empty.
 if find_spec('mmdet') is not None:
+    from .mmpretrain_import import import_mmpretrain
+
+    import_mmpretrain()
     from . import heads, hooks, registry
-    from .checkpoint import allow_mmengine_checkpoints
+    from .checkpoint import check_what_mmengine_loads
     from .explanations import explain_errors
     from .heads import *  # noqa: F403
     from .hooks import *  # noqa: F403
@@ -25,12 +28,13 @@ if find_spec('mmdet') is not None:
         BucketedAPLoss,
         BucketedRankSortLoss,
         RaMBOLoss,
+        RaMBORetrievalLoss,
         RankSortLoss,
         RoIFocalLoss,
     )
     from .own_data import OwnDataRunner
 
-    allow_mmengine_checkpoints()
+    check_what_mmengine_loads()
     explain_errors()
     __all__ += [
         'APLoss',
@@ -38,6 +42,7 @@ if find_spec('mmdet') is not None:
         'BucketedRankSortLoss',
         'OwnDataRunner',
         'RaMBOLoss',
+        'RaMBORetrievalLoss',
         'RankSortLoss',
         'RoIFocalLoss',
         'registry',

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import rambo_det  # noqa: F401 - before mmdet.models, see rambo_det.mmpretrain_import
+
 # The examples of docstrings are looked for in every file; importing this one would make
 # its device that of all tests.
 collect_ignore = ['helpers/pretended_device.py']

@@ -4,7 +4,6 @@ _base_ = './faster-rcnn_tiny_fpn_rambo_demo.py'
 model = dict(
     roi_head=dict(
         bbox_head=dict(
-            type='Shared2FCBBoxHead',
             loss_cls=dict(
                 _delete_=True,
                 type='CrossEntropyLoss',

@@ -44,13 +44,14 @@ model = dict(
             loss_cls=dict(_delete_=True, type='RaMBOLoss'),
             # In a training this short, what the shapes are is harder to learn than
             # where they are.
-            loss_bbox=dict(loss_weight=0.5),
+            box_avg='positives',
+            loss_bbox=dict(loss_weight=0.125),
         ),
     ),
     train_cfg=dict(
         rpn=dict(sampler=dict(num=64)),
         rpn_proposal=dict(nms_pre=100, max_per_img=50),
-        rcnn=dict(sampler=dict(num=32)),
+        rcnn=dict(sampler=dict(num=64)),  # more than there are: none is left out
     ),
     test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=60)),
 )

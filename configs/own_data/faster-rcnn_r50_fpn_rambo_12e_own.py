@@ -9,7 +9,14 @@ model = dict(
             type='RaMBOShared2FCBBoxHead',
             num_classes=len(_base_.classes),
             loss_cls=dict(_delete_=True, type='RaMBOLoss'),
+            box_avg='positives',
+            loss_bbox=dict(loss_weight=0.25),
         )
+    ),
+    # What lies on a difficult object is no negative, and all proposals are ranked.
+    train_cfg=dict(
+        rpn=dict(assigner=dict(ignore_iof_thr=0.5)),
+        rcnn=dict(assigner=dict(ignore_iof_thr=0.5), sampler=dict(num=1024)),
     ),
     test_cfg=dict(rcnn=dict(score_thr=0.0001)),  # docs/detectors.md, Thresholds
 )

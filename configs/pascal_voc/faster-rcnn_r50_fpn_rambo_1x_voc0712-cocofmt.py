@@ -10,7 +10,10 @@ model = dict(
         bbox_head=dict(
             type='RaMBOShared2FCBBoxHead',
             loss_cls=dict(_delete_=True, type='RaMBOLoss'),
+            box_avg='positives',
+            loss_bbox=dict(loss_weight=0.25),
         )
     ),
+    train_cfg=dict(rcnn=dict(sampler=dict(num=1024))),  # all proposals
     test_cfg=dict(rcnn=dict(score_thr=0.0001)),  # docs/detectors.md, Thresholds
 )

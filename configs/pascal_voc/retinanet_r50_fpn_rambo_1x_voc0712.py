@@ -9,5 +9,6 @@ model = dict(
     bbox_head=dict(
         type='RaMBORetinaHead', loss_cls=dict(_delete_=True, type='RaMBOLoss')
     ),
+    train_cfg=dict(assigner=dict(ignore_iof_thr=0.5)),  # difficult: no negatives
     test_cfg=dict(score_thr=0.0),  # scores are no probabilities: docs/detectors.md
 )

@@ -3,9 +3,6 @@ custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
 
 model = dict(
     roi_head=dict(
-        bbox_head=dict(
-            type='RaMBOShared2FCBBoxHead',
-            loss_cls=dict(_delete_=True, type='APLoss', loss_weight=0.25),
-        )
+        bbox_head=dict(loss_cls=dict(_delete_=True, type='APLoss', loss_weight=0.25))
     )
 )

@@ -4,8 +4,7 @@ custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
 model = dict(
     roi_head=dict(
         bbox_head=dict(
-            type='RaMBOShared2FCBBoxHead',
-            loss_cls=dict(_delete_=True, type='RankSortLoss', loss_weight=0.25),
+            loss_cls=dict(_delete_=True, type='RankSortLoss', loss_weight=0.25)
         )
     )
 )

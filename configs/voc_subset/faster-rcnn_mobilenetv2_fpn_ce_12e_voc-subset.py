@@ -1,5 +1,5 @@
 # To convergence, see docs/results.md. Difficult objects are no negatives: what lies on
-# one is ignored in training, as it is in the evaluation.
+# one is ignored in training, as it is in the evaluation. All proposals are trained on.
 _base_ = [
     '../_base_/models/faster-rcnn_mobilenetv2_fpn-p3.py',
     '../_base_/datasets/voc_subset.py',
@@ -9,7 +9,14 @@ _base_ = [
 custom_imports = dict(imports=['rambo_det'], allow_failed_imports=False)
 
 model = dict(
-    roi_head=dict(bbox_head=dict(loss_cls=dict(loss_weight=2.0))),
+    roi_head=dict(
+        bbox_head=dict(
+            type='RaMBOShared2FCBBoxHead',  # for box_avg
+            box_avg='positives',
+            loss_bbox=dict(loss_weight=0.25),
+            loss_cls=dict(loss_weight=2.0),
+        )
+    ),
     train_cfg=dict(
         rpn=dict(assigner=dict(ignore_iof_thr=0.5)),
         rcnn=dict(assigner=dict(ignore_iof_thr=0.5)),

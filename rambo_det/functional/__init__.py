@@ -17,6 +17,7 @@ from .average_precision import (
 )
 from .past import Past
 from .ranking import blackbox_rank, rank
+from .recall import recall_at_k, recall_loss
 from .sequences import Ranking
 
 __all__ = [
@@ -30,5 +31,7 @@ __all__ = [
     'detection_average_precision',
     'peers',
     'rank',
+    'recall_at_k',
+    'recall_loss',
     'with_margin',
 ]

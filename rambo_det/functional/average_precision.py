@@ -1,7 +1,7 @@
 """Average precision and the loss ``1 - AP`` with the blackbox gradient."""
 
 from functools import cached_property
-from typing import List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -13,12 +13,12 @@ from .checks import (
     check_perturb,
     check_scores,
 )
-from .lines import ALL, Levels
+from .lines import ALL, Levels, Line
 from .margin import Shift
 from .past import Past
 from .sequences import Ranking, positive_indices
-from .sort_solver import sort_ap_loss, sort_average_precision
-from .table_solver import can_rank, suits, table_ap_loss, table_average_precision
+from .sort_solver import sort_average_precision, sort_loss
+from .table_solver import can_rank, suits, table_average_precision, table_loss
 
 Results = List[Tuple[Tensor, Tensor]]
 
@@ -119,7 +119,7 @@ def apply_margin(
     return scores + shift
 
 
-def _rows(
+def rows_of(
     name: str,
     scores: Tensor,
     targets: Tensor,
@@ -189,7 +189,7 @@ def average_precision(
         >>> average_precision(scores, torch.tensor([[1, 0, 1, 0]]))
         tensor([0.8333])
     """
-    problem = _rows('average_precision', scores, targets, mask, check_nan)
+    problem = rows_of('average_precision', scores, targets, mask, check_nan)
     return _average_precision(*problem, solver)
 
 
@@ -253,17 +253,41 @@ def ap_loss(
         >>> scores.grad
         tensor([[ 1.0000, -0.5000, -0.5000,  0.0000]])
     """
-    together = check_perturb('ap_loss', perturb)
-    check_lambd('ap_loss', lambd, together)
-    scores, positives, exists, ranking = _rows(
-        'ap_loss', scores, targets, mask, check_nan, float(lambd)
+    shift = dict(margin=margin, noise=margin_noise, generator=generator)
+    return loss_of_rows(
+        'ap_loss', scores, targets, lambd, shift, mask, check_nan, perturb, solver
     )
-    scores = apply_margin(scores, targets, margin, margin_noise, generator)
+
+
+def loss_of_rows(
+    name: str,
+    scores: Tensor,
+    targets: Tensor,
+    lambd: float,
+    shift: Dict[str, Any],
+    mask: Optional[Tensor],
+    check_nan: bool,
+    perturb: str,
+    solver: Optional[str],
+    new_line: Callable[..., Line] = Line,
+) -> Tensor:
+    """The loss of each row, (R,), for the function ``name``; see :func:`ap_loss`.
+
+    ``shift`` holds arguments of :func:`apply_margin`. ``new_line`` makes the line that
+    defines the loss.
+    """
+    together = check_perturb(name, perturb)
+    check_lambd(name, lambd, together)
+    scores, positives, exists, ranking = rows_of(
+        name, scores, targets, mask, check_nan, float(lambd)
+    )
+    scores = apply_margin(scores, targets, **shift)
+    of: Tuple[Optional[Tensor], List[Ranking]] = (exists, [ranking])
     if _by_tables(scores, positives, [ranking], solver):
-        index = positives.index
-        results = table_ap_loss(scores, index, exists, [ranking], Shift(), together)
+        given = scores, positives.index, *of, Shift(), together
+        results = table_loss(*given, new_line=new_line)
     else:
-        results = sort_ap_loss(scores, positives.mask, exists, [ranking], together)
+        results = sort_loss(scores, positives.mask, *of, together, new_line=new_line)
     return results[0][0]
 
 
@@ -352,7 +376,7 @@ def detection_ap_loss(
         thresholds = Levels(levels, num_levels, over_all)
     if _by_tables(scores, positives, rankings, solver, past):
         shift, index = Shift(margin, margin_noise, generator), positives.index
-        return table_ap_loss(
+        return table_loss(
             scores, index, exists, rankings, shift, together, past, thresholds
         )
     if margin:
@@ -366,7 +390,7 @@ def detection_ap_loss(
     codes = positives.mask
     if levels is not None:
         codes = codes * (levels + 2).unsqueeze(1)
-    return sort_ap_loss(scores, codes, exists, rankings, together, True, thresholds)
+    return sort_loss(scores, codes, exists, rankings, together, True, thresholds)
 
 
 def with_margin(

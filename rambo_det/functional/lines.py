@@ -1,7 +1,7 @@
 """The positives of all sequences, and what moving them does to the loss.
 
 Both solvers find where positives stand among negatives. What follows from it for the
-positives alone is here.
+positives alone is here: in ``Line`` for AP, in ``RecallLine`` for recall.
 
 With thresholds t = 0..K-1, AP is the mean of K ones over the same scores. A positive
 of level l is a positive at t <= l and a negative at the others. The order is the same
@@ -14,7 +14,7 @@ run, and no number of higher precision is needed.
 """
 
 from functools import cached_property, lru_cache
-from typing import NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -242,3 +242,50 @@ class Line:
         if self.reaches is None:
             return place
         return torch.where(self.reaches, place, torch.iinfo(place.dtype).max)
+
+
+class RecallLine(Line):
+    """The line of a loss that is the mean of ``w(negatives above a positive)``.
+
+    Args:
+        weighting: The name of w, see :func:`~rambo_det.functional.recall_loss`.
+        args: Those of :class:`Line`, without levels.
+        kwargs: The same.
+    """
+
+    def __init__(self, weighting: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.twice = weighting == 'loglog'
+        # Below 0 for what the sort solver has in the places of missing positives.
+        self.above = (self.rank - self.among).clamp_(min=0)
+        self.unit = 2.0**56  # w of 2^63 negatives is below 2^6
+
+    def _weights(self, above: Tensor) -> Tensor:
+        """Return w, over the number of positives, of numbers of negatives, (Q,)."""
+        weights = above.double().log1p()
+        weights = weights.log1p() if self.twice else weights
+        return (weights * self.unit).long() // self.number
+
+    @cached_property
+    def losses_at_top(self) -> Tensor:
+        """What each would lose if it moved to the top, (Q,), negative."""
+        return -self._weights(self.above)
+
+    def move_singly(
+        self, above: Optional[Tensor] = None, place: Optional[Tensor] = None
+    ) -> Tuple[Tensor, Tensor]:
+        """Algorithm 1 on each positive on its own; see :meth:`Line.move_singly`."""
+        rewards, passed = self.losses_at_top, self.above
+        if above is not None:
+            rewards = (rewards + self._weights(above.clamp(min=0))).clamp_(max=0)
+            passed = passed - above
+        return rewards, -rewards // passed.clamp(min=1)
+
+    def rise(self, step: Tensor) -> Tensor:
+        """How far Algorithm 1 moves the positives, all at once, (Q,)."""
+        above = self.above.to(step.dtype)
+        slope = 1 / (1 + above)  # w'
+        if self.twice:
+            slope = slope / (1 + above.log1p())
+        rise = step * slope / self.number
+        return rise.clamp_(max=torch.finfo(step.dtype).max)  # -inf + inf has no rank

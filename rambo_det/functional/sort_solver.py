@@ -9,7 +9,7 @@ device. ``docs/algorithm.md`` shows all this with an example.
 Order everywhere: score descending, then negatives before positives, then index.
 """
 
-from typing import Any, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,7 @@ class _Solver:
         rankings: What is ranked.
         one_per_row: Whether a row has one positive at most.
         levels: The thresholds.
+        new_line: Makes the line of the loss.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class _Solver:
         rankings: Sequence[Ranking],
         one_per_row: bool,
         levels: Levels,
+        new_line: Callable[..., Line] = Line,
     ) -> None:
         self.levels = levels
         # A key is sequence * step + kinds * score + code, the score as an integer of 32
@@ -119,7 +121,7 @@ class _Solver:
         self.start = self.edges[sequence]
         rank = self.place + 1 - self.start
         level = None if levels.of_rows is None else (code & kinds) - lowest
-        self.line = Line(
+        self.line = new_line(
             sequence, self.above[self.edges], position, level, levels, rank=rank
         )
 
@@ -195,7 +197,7 @@ def _rows(values: Tensor, ranking: Ranking) -> Tensor:
     return values.narrow(0, ranking.first_row, count)
 
 
-class _SortAPLoss(torch.autograd.Function):
+class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, together: bool, *given: Any) -> Any:
         solver = _Solver(scores, *given)
@@ -223,10 +225,10 @@ class _SortAPLoss(torch.autograd.Function):
                     grad = grad.view(-1, width)[ranking.groups]
                 of = _rows(result, ranking)
                 of.addcmul_(gradient, grad, value=1 / ctx.unit)
-        return result, None, None, None, None, None, None
+        return (result, *[None] * 7)
 
 
-def sort_ap_loss(
+def sort_loss(
     scores: Tensor,
     codes: Tensor,
     exists: Optional[Tensor],
@@ -234,18 +236,20 @@ def sort_ap_loss(
     together: bool,
     one_per_row: bool = False,
     levels: Levels = ALL,
+    new_line: Callable[..., Line] = Line,
 ) -> List[Tuple[Tensor, Tensor]]:
-    """``1 - AP`` of each sequence of each ranking, with the blackbox gradient.
+    """The loss of each sequence of each ranking, with the blackbox gradient.
 
     ``scores`` (N, C) are float32 or float64, ``codes`` (N, C) 0 for negatives, 1 for
     positives; of positives with a level, it plus 2. ``exists`` (N, C) or (N, 1) is
     False where an entry is in no sequence, or ``None``. With ``together`` all positives
     of a sequence are perturbed at once. ``one_per_row`` promises that no row has more
-    positives, which saves work. Returns for each ranking the losses (S,), and (S,) True
-    where there is a positive.
+    positives, which saves work. ``new_line`` makes the line of a loss, by default that
+    of ``1 - AP``. Returns for each ranking the losses (S,), and (S,) True where there
+    is a positive.
     """
-    given = codes, exists, rankings, one_per_row, levels
-    results = _SortAPLoss.apply(scores, together, *given)
+    given = codes, exists, rankings, one_per_row, levels, new_line
+    results = _Loss.apply(scores, together, *given)
     return list(zip(results, results[len(rankings) :]))
 
 

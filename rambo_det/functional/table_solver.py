@@ -143,8 +143,9 @@ class _Solver:
         shift: Shift,
         past: Sequence[Past] = (),
         levels: Levels = ALL,
+        new_line: Callable[..., Line] = Line,
     ) -> None:
-        self.levels = levels
+        self.levels, self.new_line = levels, new_line
         self.dtype, self.count = scores.dtype, scores.numel()
         self.columns = scores.size(1)
         self.rankings, self.positives, self.past = rankings, positives, past
@@ -208,7 +209,7 @@ class _Solver:
         position = torch.arange(1, len(order) + 1, device=order.device)
         above = self._above(self.before, number).index_select(0, order)
         level = None if self.level is None else self.level.index_select(0, order)
-        return Line(sequence, edges, position, level, self.levels, above)
+        return self.new_line(sequence, edges, position, level, self.levels, above)
 
     def _lowest(self) -> Tensor:
         """Return for each kind the lowest positive of all its sequences, (kinds,)."""
@@ -378,7 +379,7 @@ class _Solver:
         return result.index_copy_(0, self.positives, own)
 
 
-class _APLoss(torch.autograd.Function):
+class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, solver: _Solver, together: bool) -> Any:
         numbers = range(len(solver.rankings))
@@ -428,7 +429,7 @@ def can_rank(rows: int, rankings: Sequence[Ranking], past: Sequence[Past]) -> bo
     )
 
 
-def table_ap_loss(
+def table_loss(
     scores: Tensor,
     positives: Tensor,
     exists: Optional[Tensor],
@@ -437,18 +438,20 @@ def table_ap_loss(
     together: bool,
     past: Sequence[Past] = (),
     levels: Levels = ALL,
+    new_line: Callable[..., Line] = Line,
 ) -> List[Tuple[Tensor, Tensor]]:
-    """``1 - AP`` of each sequence of each ranking, with the blackbox gradient.
+    """The loss of each sequence of each ranking, with the blackbox gradient.
 
     ``scores`` (N, C) are float32 or float64, ``positives`` (P,) flat indices,
     ascending. ``exists`` (N, C) or (N, 1) is False where an entry is in no sequence, or
     ``None``; positives must exist. With ``together`` all positives of a sequence are
     perturbed at once. The rows of ``past`` follow those of ``scores``, without gradient
-    and with their own margin. Returns for each ranking the losses (S,), and (S,) True
-    where there is a positive.
+    and with their own margin. ``new_line`` makes the line of a loss, by default
+    that of ``1 - AP``. Returns for each ranking the losses (S,), and (S,) True where
+    there is a positive.
     """
-    solver = _Solver(scores, positives, exists, rankings, shift, past, levels)
-    losses = _APLoss.apply(scores, solver, together)
+    solver = _Solver(scores, positives, exists, rankings, shift, past, levels, new_line)
+    losses = _Loss.apply(scores, solver, together)
     return [(loss, of.present[:-1]) for loss, of in zip(losses, solver.lines)]
 
 

@@ -5,9 +5,11 @@ from .bbox_heads import *  # noqa: F403
 from .binding import RaMBOHeadMixin
 from .dense_heads import *  # noqa: F403
 from .query_heads import *  # noqa: F403
+from .reid_heads import UnitReIDHead
 
 __all__ = [
     'RaMBOHeadMixin',
+    'UnitReIDHead',
     *bbox_heads.__all__,
     *dense_heads.__all__,
     *query_heads.__all__,

@@ -14,7 +14,7 @@ from mmdet.registry import MODELS
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from .binding import RaMBOHeadMixin, bind
+from .binding import RaMBOHeadMixin, bind, told_to_others
 
 __all__ = [
     'BoxAverageMixin',
@@ -81,6 +81,7 @@ class RaMBOBBoxHeadMixin(RaMBOHeadMixin, BoxAverageMixin):
             positives.
     """
 
+    @told_to_others
     def loss_and_target(
         self, cls_score: Optional[Tensor], *args: Any, **kw: Any
     ) -> Dict[str, Any]:
@@ -104,6 +105,7 @@ class RaMBOBBoxHeadMixin(RaMBOHeadMixin, BoxAverageMixin):
         )
         return result
 
+    @told_to_others
     def loss(
         self,
         cls_score: Optional[Tensor],

@@ -17,7 +17,13 @@ from mmdet.models.dense_heads import (
 )
 from torch import Tensor
 
-from .binding import RaMBOHeadMixin, bind, image_major, object_labels
+from .binding import (
+    RaMBOHeadMixin,
+    bind,
+    image_major,
+    object_labels,
+    told_to_others,
+)
 
 __all__ = [
     'RaMBOATSSHead',
@@ -50,6 +56,7 @@ class RaMBODenseHeadMixin(RaMBOHeadMixin):
 
     cls_out_channels: int
 
+    @told_to_others
     def loss_by_feat(
         self, cls_scores: List[Tensor], *args: Any, **kwargs: Any
     ) -> Optional[Dict[str, Any]]:

@@ -11,7 +11,13 @@ from mmdet.models.dense_heads import (
 )
 from torch import Tensor
 
-from .binding import RaMBOHeadMixin, bind, image_major, object_labels
+from .binding import (
+    RaMBOHeadMixin,
+    bind,
+    image_major,
+    object_labels,
+    told_to_others,
+)
 
 __all__ = [
     'RaMBOConditionalDETRHead',
@@ -68,6 +74,7 @@ class RaMBOQueryHeadMixin(RaMBOHeadMixin):
         compute = super()._loss_dn_single  # type: ignore[misc]
         return self._in_images(compute, dn_cls_scores, *args, **kwargs)
 
+    @told_to_others
     def _in_images(
         self, compute: Any, cls_scores: Tensor, *args: Any, **kwargs: Any
     ) -> Any:

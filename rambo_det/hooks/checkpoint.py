@@ -1,16 +1,20 @@
 """Checkpoints that are written atomically."""
 
 import os
+import os.path as osp
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, List, Tuple, Union
+from typing import Any, Callable, Dict, List, Tuple, Union
 
 from mmdet.registry import HOOKS
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 
+from ..checkpoint import UNFINISHED, write_whole
+from .model import checkpoint_folder, choose_checkpoint
+
+_KEY = 'replaced_checkpoints'
 _BACKEND = 'rambo_det_whole_files'
 
 
@@ -21,30 +25,32 @@ class _WholeFiles(LocalBackend):
         self.removed: List[Tuple[str, int]] = []
 
     def put(self, obj: bytes, filepath: Union[str, Path]) -> None:
-        path = Path(filepath)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + '.unfinished')
-        try:
-            with open(unfinished, 'wb') as file:
-                file.write(obj)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
+        write_whole(Path(filepath), obj)
 
     def remove(self, filepath: str) -> None:
         self.removed.append((filepath, os.stat(filepath).st_ino))
 
-    def remove_now(self) -> None:
+    def remove_now(self, folder: Path) -> None:
         for path, inode in self.removed:
-            if os.stat(path).st_ino == inode:  # else it has been written anew
+            # A checkpoint says which file was the best one: that of another training,
+            # or any file, where it comes from elsewhere.
+            ours = osp.realpath(osp.dirname(path)) == osp.realpath(folder)
+            if ours and os.stat(path).st_ino == inode:  # else it has been written anew
                 os.remove(path)
         self.removed.clear()
 
 
 register_backend(_BACKEND, _WholeFiles, force=True)
+
+
+class _Elsewhere:
+    """A runner that has another work folder."""
+
+    def __init__(self, runner: Any, work_dir: Path) -> None:
+        self._runner, self.work_dir = runner, str(work_dir)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
 
 
 @HOOKS.register_module()
@@ -81,30 +87,59 @@ class SafeCheckpointHook(CheckpointHook):
         kwargs['backend_args'] = dict(backend=_BACKEND)
         super().__init__(*args, **kwargs)
 
-    @contextmanager
-    def _nothing_lost(self, runner: Any) -> Iterator[None]:
-        """Remove files when saving has succeeded; undo ``last_checkpoint`` else."""
-        if not is_main_process():  # the others neither save nor remove
-            yield
+    def before_run(self, runner: Any) -> None:
+        """Choose the file to resume from, and remove what killed savings left."""
+        choose_checkpoint(runner)
+        self._folder = checkpoint_folder(self, runner)
+        if is_main_process():
+            shutil.rmtree(Path(runner.work_dir, UNFINISHED), ignore_errors=True)
+            for folder in {self._folder, Path(runner.work_dir)}:
+                for path in folder.glob(f'*{UNFINISHED}'):
+                    path.unlink()
+
+    def before_train(self, runner: Any) -> None:
+        """Go on with what a resumed training had saved last."""
+        super().before_train(runner)
+        if runner._resume:  # else saving the best one leaves that as it is
+            self.last_ckpt = runner.message_hub.runtime_info.get('last_ckpt')
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: Dict[str, Any]) -> None:
+        """Note which files this one replaces, should their removal be interrupted."""
+        checkpoint[_KEY] = [Path(path).name for path, _ in self.file_backend.removed]
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: Dict[str, Any]) -> None:
+        """Remove what the checkpoint has replaced, if it was saved here."""
+        last = checkpoint.get('message_hub', {}).get('runtime_info', {})
+        here = osp.dirname(str(last.get('last_ckpt'))) == str(self._folder)
+        if runner._resume and here and is_main_process():
+            for name in map(str, checkpoint.get(_KEY, [])):
+                if name.endswith('.pth') and name == osp.basename(name):
+                    (self._folder / name).unlink(missing_ok=True)
+
+    def _then_remove(self, runner: Any, save: Callable[..., None], *args: Any) -> None:
+        """Remove older files when saving has succeeded."""
+        # The others neither save nor remove; saving the best one saves another.
+        if not is_main_process() or isinstance(runner, _Elsewhere):
+            save(runner, *args)
             return
-        pointer = Path(runner.work_dir, 'last_checkpoint')
-        spare = pointer.with_name(pointer.name + '.previous')
-        if pointer.exists():
-            shutil.copy(str(pointer), str(spare))
+        # mmengine writes ``last_checkpoint`` in place, so let it do so elsewhere.
+        folder = Path(runner.work_dir, UNFINISHED)
+        folder.mkdir(exist_ok=True)
         try:
-            yield
+            save(_Elsewhere(runner, folder), *args)
+            pointer = folder / 'last_checkpoint'
+            if pointer.exists():
+                write_whole(Path(runner.work_dir, pointer.name), pointer.read_bytes())
         except BaseException:
-            if spare.exists():
-                os.replace(spare, pointer)  # takes no room, unlike writing it again
             self.file_backend.removed.clear()
             raise
-        spare.unlink(missing_ok=True)
-        self.file_backend.remove_now()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.file_backend.remove_now(self._folder)
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: Any) -> None:
-        with self._nothing_lost(runner):
-            super()._save_checkpoint_with_step(runner, step, meta)
+        save = super()._save_checkpoint_with_step
+        self._then_remove(runner, save, step, meta)
 
     def _save_best_checkpoint(self, runner: Any, metrics: Any) -> None:
-        with self._nothing_lost(runner):
-            super()._save_best_checkpoint(runner, metrics)
+        self._then_remove(runner, super()._save_best_checkpoint, metrics)

@@ -1,11 +1,12 @@
 """Stop a training whose loss is NaN, and say which images did it."""
 
 import math
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from mmdet.registry import HOOKS
 from mmdet.structures.bbox import get_box_tensor
+from mmengine.dist import all_gather
 from mmengine.hooks import Hook
 from torch import Tensor
 
@@ -72,7 +73,8 @@ class InvalidLossHook(Hook):
     Boxes are checked before each step, after the whole pipeline of the data, while they
     are still on the CPU: one without a positive area is an error before it can destroy
     the weights. Losses are checked after the step. The weights in memory are lost then,
-    but no checkpoint is: all losses are read before one is written or replaced.
+    but no checkpoint is: all losses are read before one is written or replaced, and in
+    distributed training all processes stop if a loss of any of them is not finite.
 
     mmdet's ``CheckInvalidLossHook`` checks the total of every 50th iteration and names
     nothing. This hook names the losses, the images of the first iteration in which one
@@ -82,9 +84,9 @@ class InvalidLossHook(Hook):
 
     Args:
         interval (int): Losses are read every so many iterations, at the end, and before
-            a checkpoint. Reading waits for the GPU; so does mmengine's
-            ``RuntimeInfoHook`` in each iteration. The message names the right images
-            with any interval. Defaults to 1.
+            a checkpoint or a validation. Reading waits for the other processes, and for
+            the GPU as mmengine's ``RuntimeInfoHook`` does in each iteration. The
+            message names the right images with any interval. Defaults to 1.
         check_boxes (bool): Whether boxes are checked. Switch it off for a loss that
             such boxes do no harm. Defaults to True.
 
@@ -137,10 +139,38 @@ class InvalidLossHook(Hook):
             samples = _samples(data_batch)
             self._steps.append(_Step(runner.iter + 1, (*losses,), values, samples))
         if self.every_n_train_iters(runner, self.interval) or checkpoint_is_due(runner):
-            self._read()
+            self._agree()
 
-    def _read(self, *_: Any, **__: Any) -> None:
-        """Raise if a loss that was kept is not finite."""
+    def _agree(self, *_: Any, **__: Any) -> None:
+        """Raise in all processes if a loss that any of them kept is not finite.
+
+        All have to call this at the same time, as they do at all stages but saving.
+        """
+        message = self._read()
+        failed = torch.tensor([message is not None])
+        invalid = torch.stack(list(all_gather(failed.int()))).flatten().nonzero()
+        if message is not None:
+            raise FloatingPointError(message)
+        if len(invalid):
+            processes = ', '.join(map(str, invalid.flatten().tolist()))
+            raise FloatingPointError(
+                f'{type(self).__name__}: a loss of process {processes} is not finite, '
+                'so that the weights of all are lost; its own error message names the '
+                'loss and the images. Checkpoints are from before it: go on with '
+                '--resume'
+            )
+
+    # What comes before a checkpoint is written, or becomes the best one.
+    after_train_epoch = before_val = after_train = _agree
+
+    def before_save_checkpoint(self, *_: Any, **__: Any) -> None:
+        """Read what only the process that saves has kept since then, if anything."""
+        message = self._read()
+        if message is not None:
+            raise FloatingPointError(message)
+
+    def _read(self) -> Optional[str]:
+        """Say which of the losses that were kept is not finite."""
         steps, self._steps = self._steps, []
         for step in steps:
             values = dict(zip(step.names, step.values.tolist()))
@@ -148,10 +178,8 @@ class InvalidLossHook(Hook):
             if invalid:
                 # The total follows from its parts; it is named if they are all finite.
                 parts = {n: v for n, v in invalid.items() if n != 'loss'} or invalid
-                raise FloatingPointError(self._message(step, parts))
-
-    # What comes before a checkpoint is written, or becomes the best one.
-    after_train_epoch = before_val = before_save_checkpoint = after_train = _read
+                return self._message(step, parts)
+        return None
 
     def _message(self, step: _Step, invalid: Dict[str, float]) -> str:
         losses = ', '.join(f'{name} = {value}' for name, value in invalid.items())

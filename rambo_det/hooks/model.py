@@ -1,12 +1,18 @@
 """What several hooks ask of their arguments and of a runner."""
 
-from typing import Any, Dict
+import os.path as osp
+from pathlib import Path
+from typing import Any, Dict, Type, TypeVar
 
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import is_model_wrapper
+from mmengine.runner import find_latest_checkpoint
 from torch import nn
 
+from ..checkpoint import newest_whole
 from ..losses import RaMBOLoss
+
+Module = TypeVar('Module', bound=nn.Module)
 
 
 def check_interval(hook: Hook, interval: object) -> int:
@@ -24,13 +30,18 @@ def bare_model(runner: Any) -> nn.Module:
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
-def named_losses(runner: Any) -> Dict[str, RaMBOLoss]:
-    """Return every ``RaMBOLoss`` of the model under its name there."""
+def named_modules(runner: Any, kind: Type[Module]) -> Dict[str, Module]:
+    """Return every module of a kind in the model under its name there."""
     return {
         name: module
         for name, module in bare_model(runner).named_modules()
-        if isinstance(module, RaMBOLoss)
+        if isinstance(module, kind)
     }
+
+
+def named_losses(runner: Any) -> Dict[str, RaMBOLoss]:
+    """Return every ``RaMBOLoss`` of the model under its name there."""
+    return named_modules(runner, RaMBOLoss)
 
 
 def require_losses(hook: Hook, runner: Any, purpose: str) -> Dict[str, RaMBOLoss]:
@@ -55,3 +66,41 @@ def checkpoint_is_due(runner: Any) -> bool:
         )
         for hook in runner.hooks
     )
+
+
+def checkpoint_folder(hook: CheckpointHook, runner: Any) -> Path:
+    """Return where a hook saves."""
+    work_dir = str(runner.work_dir)
+    if hook.out_dir is None or str(hook.out_dir) == work_dir:
+        return Path(work_dir)
+    return Path(hook.out_dir, osp.basename(work_dir.rstrip(osp.sep)))
+
+
+def choose_checkpoint(runner: Any) -> None:
+    """Let a training resume although ``last_checkpoint`` is empty or missing.
+
+    It then goes on from the newest complete file, or begins if there is no file. One
+    that is named and damaged, or missing, is an error of loading.
+    """
+    if not runner._resume or runner._load_from is not None:
+        return
+    if find_latest_checkpoint(runner.work_dir):
+        return
+    savers = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
+    for hook in savers:
+        path = newest_whole(checkpoint_folder(hook, runner), hook.filename_tmpl)
+        if path is not None:
+            runner._load_from = path
+            runner.logger.warning(
+                f'last_checkpoint in {runner.work_dir} is empty or missing; going on '
+                f'from {path}, the newest complete checkpoint'
+            )
+            return
+    left = [p for hook in savers for p in checkpoint_folder(hook, runner).glob('*.pth')]
+    if left:
+        raise ValueError(
+            f'last_checkpoint in {runner.work_dir} is empty or missing, and no '
+            f'checkpoint there is complete, such as {left[0]}; remove them to train '
+            'anew, or name another one in load_from'
+        )
+    runner._resume = False

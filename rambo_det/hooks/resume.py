@@ -1,10 +1,7 @@
 """Exact resuming: the states that mmengine leaves out of a checkpoint."""
 
-import os
 import random
-import zipfile
 from functools import partial
-from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
@@ -12,12 +9,16 @@ import torch
 from mmdet.registry import HOOKS
 from mmengine.dist import all_gather_object, get_rank, get_world_size
 from mmengine.hooks import Hook
-from mmengine.runner import IterBasedTrainLoop, find_latest_checkpoint
+from mmengine.runner import IterBasedTrainLoop
 from torch import Tensor
 
-from .model import bare_model, checkpoint_is_due, named_losses
+from ..losses import Remembering
+from .model import bare_model, checkpoint_is_due, choose_checkpoint, named_modules
+from .progress import Validations, accumulation, set_accumulation
 
 KEY = 'exact_resume'
+# What a runner calls the parts of a checkpoint.
+_ATTRIBUTES = dict(optimizer='optim_wrapper', param_schedulers='param_schedulers')
 
 
 def random_state() -> Dict[str, Any]:
@@ -45,6 +46,12 @@ def set_random_state(state: Dict[str, Any]) -> None:
     words = tuple(python['words'].tolist())
     random.setstate((python['version'], words, python['gauss']))
     keys = numpy['keys'].cpu().numpy().astype(np.uint32)
+    if keys.shape != (624,) or not 0 <= numpy['position'] <= 624:
+        # NumPy would read beyond them.
+        raise ValueError(
+            'the checkpoint has a state of NumPy with 624 keys and a position among '
+            f'them, got {keys.shape} and {numpy["position"]!r}; it is damaged'
+        )
     np.random.set_state(
         ('MT19937', keys, numpy['position'], numpy['has_gauss'], numpy['cached'])
     )
@@ -80,8 +87,12 @@ class ExactResumeHook(Hook):
     A checkpoint of mmengine has the weights, the optimizer, the schedules and the score
     memory of the first process' :class:`~rambo_det.losses.RaMBOLoss`. This hook adds
     the random states of Python, NumPy, PyTorch and the GPU, the seed that shuffles the
-    data, and the memories of the other processes. It also keeps the validation from
-    changing the random states.
+    data, the memories of the other processes, the gradients that wait for an update
+    (``accumulative_counts``), and the state of ``EarlyStoppingHook``. It also keeps the
+    validation from changing the random states. If the training stopped between a
+    checkpoint and its validation, and anything depends on that (the best checkpoint,
+    early stopping, a schedule such as ``ReduceOnPlateauLR``), the resumed training
+    validates first.
 
     A training with deterministic operations then ends with the same weights, bit for
     bit, if it is resumed from a checkpoint between epochs (or, with
@@ -93,8 +104,7 @@ class ExactResumeHook(Hook):
     the score memory is left empty.
 
     Raises:
-        FileNotFoundError: If there is no file to resume from.
-        ValueError: If the file is truncated, or does not fit the model.
+        ValueError: If the file does not fit the model.
 
     Example:
         In a config::
@@ -109,19 +119,23 @@ class ExactResumeHook(Hook):
         self._restored: Optional[Dict[str, Any]] = None
         self._before_validation: Dict[str, Any] = {}
         self._gathered: Tuple[int, List[Any]] = (-1, [])
+        self._accumulated: Optional[Dict[str, Any]] = None
+        self._validations = Validations()
+        self._reached: Optional[Dict[str, Any]] = None
 
     # Saving
 
     def _own_state(self, runner: Any) -> Dict[str, Any]:
         """Return what only this process has."""
         memories = {}
-        for name, loss in named_losses(runner).items():
+        for name, loss in named_modules(runner, Remembering).items():
             memory = loss.get_extra_state()
             if 'rank' in memory:  # else all have the one in the state_dict
                 for key in ('scores', 'labels'):
                     memory[key] = [tensor.cpu() for tensor in memory[key]]
                 memories[name] = memory
-        return dict(random=random_state(), memory=memories)
+        waiting = accumulation(runner)
+        return dict(random=random_state(), memory=memories, accumulation=waiting)
 
     def _gather(self, runner: Any) -> None:
         """Collect the states of all processes, since only the first one saves."""
@@ -142,9 +156,14 @@ class ExactResumeHook(Hook):
         self._before_validation = random_state()
         self._gather(runner)
 
-    def after_val_epoch(self, *_: Any, **__: Any) -> None:
+    def after_val_epoch(self, runner: Any, metrics: Optional[Any] = None) -> None:
         """Restore the random states that the validation has changed."""
         set_random_state(self._before_validation)
+        self._validations.begin(runner, metrics or {})
+
+    def after_val(self, *_: Any) -> None:
+        """Note that all hooks have seen the metrics."""
+        self._validations.end()
 
     def before_save_checkpoint(self, runner: Any, checkpoint: Dict[str, Any]) -> None:
         """Add the states."""
@@ -153,27 +172,38 @@ class ExactResumeHook(Hook):
             states = [self._own_state(runner)]
         seed = getattr(_seeded_sampler(runner), 'seed', None)
         checkpoint[KEY] = dict(
-            processes=get_world_size(), states=states, sampler_seed=seed
+            processes=get_world_size(),
+            states=states,
+            sampler_seed=seed,
+            validation=self._validations.state(runner),
         )
 
     # Resuming
 
     def before_run(self, runner: Any) -> None:
-        """Check the file that will be resumed from."""
-        if runner._resume:
-            path = runner._load_from or find_latest_checkpoint(runner.work_dir)
-            if path is not None and '://' not in path:
-                _check_file(path, runner.work_dir)
+        """Choose the file to resume from."""
+        choose_checkpoint(runner)
+        if not any(isinstance(hook, _CatchUp) for hook in runner.hooks):
+            runner.register_hook(_CatchUp(self))
 
     def after_load_checkpoint(self, runner: Any, checkpoint: Dict[str, Any]) -> None:
         """Check the weights, and take the states out for the first epoch."""
-        memories = [f'{name}._extra_state' for name in named_losses(runner)]
+        memories = [
+            f'{name}._extra_state' for name in named_modules(runner, Remembering)
+        ]
         if not runner._resume:
             for key in memories:
                 checkpoint.get('state_dict', checkpoint).pop(key, None)
             return
         _check_weights(runner, checkpoint['state_dict'], memories)
         saved: Dict[str, Any] = checkpoint.get(KEY, {})
+        self._reached = saved.get('validation')
+        for part in ('optimizer', 'param_schedulers'):
+            if part not in checkpoint and getattr(runner, _ATTRIBUTES[part]):
+                runner.logger.warning(
+                    f'{type(self).__name__}: the checkpoint has no {part}, whose '
+                    'states begin anew'
+                )
         processes = get_world_size()
         problem = None
         if not saved:
@@ -195,12 +225,16 @@ class ExactResumeHook(Hook):
         for name, memory in own['memory'].items():
             checkpoint['state_dict'][f'{name}._extra_state'] = memory
         self._restored = own['random']
+        self._accumulated = own.get('accumulation')
         sampler = _seeded_sampler(runner)
         if sampler is not None and saved['sampler_seed'] is not None:
             sampler.seed = saved['sampler_seed']
 
     def before_train(self, runner: Any) -> None:
-        """Warn of what keeps this training from being resumed exactly."""
+        """Restore gradients; warn of what keeps this from being resumed exactly."""
+        if self._accumulated is not None:
+            set_accumulation(runner, self._accumulated)
+            self._accumulated = None
         loader = runner.train_loop.dataloader
         if loader.num_workers and loader.persistent_workers:
             runner.logger.warning(
@@ -216,6 +250,15 @@ class ExactResumeHook(Hook):
                 f'{runner.iter}, within an epoch of {len(loader)}, which mmengine '
                 'starts from its beginning. For exact resuming save by epoch'
             )
+
+    def catch_up(self, runner: Any) -> None:
+        """Do what was left of the validation after the checkpoint."""
+        reached, self._reached = self._reached, None
+        if reached is not None:
+            problem = self._validations.catch_up(runner, reached)
+            if problem is not None:
+                name = type(self).__name__
+                runner.logger.warning(f'{name}: not restored: {problem}')
 
     def before_train_epoch(self, runner: Any) -> None:
         """Restore the random states, once."""
@@ -233,6 +276,18 @@ class ExactResumeHook(Hook):
             restore()
 
 
+class _CatchUp(Hook):
+    """Calls the hook again when all others are ready for the training."""
+
+    priority = 'LOWEST'
+
+    def __init__(self, hook: ExactResumeHook) -> None:
+        self._hook = hook
+
+    def before_train(self, runner: Any) -> None:
+        self._hook.catch_up(runner)
+
+
 def _seeded_sampler(runner: Any) -> Optional[Any]:
     """Return the sampler of the training data that has a seed, if one has."""
     loader = runner.train_loop.dataloader
@@ -240,26 +295,6 @@ def _seeded_sampler(runner: Any) -> Optional[Any]:
         if isinstance(getattr(sampler, 'seed', None), int):
             return sampler
     return None
-
-
-def _check_file(path: str, work_dir: str) -> None:
-    """Raise unless a file is there and complete; say which other one is."""
-    if zipfile.is_zipfile(path):
-        return
-    others = [file for file in Path(work_dir).glob('*.pth') if zipfile.is_zipfile(file)]
-    if others:
-        newest = max(others, key=os.path.getmtime)
-        advice = f'resume from a complete one, such as {newest}'
-    else:
-        advice = f'there is no complete one in {work_dir}, so train anew'
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f'ExactResumeHook: there is no checkpoint {path!r} to resume from; {advice}'
-        )
-    raise ValueError(
-        f'ExactResumeHook: the checkpoint {path!r} ({Path(path).stat().st_size} bytes) '
-        f'is truncated, or not written by torch.save; {advice}'
-    )
 
 
 def _check_weights(runner: Any, saved: Dict[str, Any], memories: List[str]) -> None:

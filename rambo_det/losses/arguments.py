@@ -66,6 +66,15 @@ def number(
     return float(value)
 
 
+def steps(name: str, value: Any, loss: str = 'RaMBOLoss') -> int:
+    """Return a number of steps >= 0 or raise an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(
+            f'{loss}: {name} must be a number of steps >= 0, got {value!r}'
+        )
+    return value
+
+
 def refuse_unknown(loss: str, unknown: Dict[str, Any]) -> None:
     """Raise if a config has arguments that a loss does not know."""
     if unknown:

@@ -1,9 +1,14 @@
 """One ranking over all processes: the rows of a step, and how they come together."""
 
-from typing import List, NamedTuple, Optional, Sequence
+import itertools
+import math
+from contextlib import contextmanager, suppress
+from hashlib import blake2b
+from typing import Iterator, List, NamedTuple, Optional, Sequence
 
 import torch
-from mmengine.dist import all_gather, get_rank
+from mmengine.dist import all_gather, all_gather_object, get_rank
+from mmengine.logging import MessageHub
 from torch import Tensor
 
 from ..functional import Ranking
@@ -16,6 +21,19 @@ class Received(NamedTuple):
     columns: List[List[Tensor]]
 
 
+_NUMBERS = 3  # that a header has room for
+_BUILT = itertools.count(1)
+
+
+class _Header(NamedTuple):
+    """What a process sends first, always of the same length."""
+
+    failed: int
+    rows: int
+    agreed: int  # what has to be the same in all processes
+    numbers: List[int]
+
+
 class Exchange:
     """Brings the rows of all processes together.
 
@@ -23,49 +41,101 @@ class Exchange:
     which tells it, and then its columns, padded to the longest. Columns keep their
     types, so that every value arrives as it is.
 
+    The header also says whose exchange this is, in which iteration of mmengine's
+    training, how often it was expected, and what the columns are. If that is not the
+    same in all processes, none of them goes on.
+
     Args:
-        count: How many numbers a process sends.
+        owner: What messages call the loss.
     """
 
-    def __init__(self, count: int) -> None:
-        self._count = count
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
+        # The same in all processes, as they build the same model.
+        self._number = next(_BUILT)
+        self._calls = 0
+        self._inside = self._awaited = False
+
+    @contextmanager
+    def expected(self, together: bool) -> Iterator[None]:
+        """Tell the other processes, if they wait, that this one raised before its call.
+
+        A head enters it, and again the loss that the head calls.
+
+        Args:
+            together: Whether the others will wait for this process.
+        """
+        entered = together and not self._inside
+        if entered:
+            self._inside = self._awaited = True
+            self._calls += 1
+        try:
+            yield
+        except Exception:
+            if entered and self._awaited:
+                with suppress(Exception):  # the first error says what was wrong
+                    self._send(torch.zeros(0, dtype=torch.int64), (), failed=True)
+            raise
+        finally:
+            if entered:
+                self._inside = self._awaited = False
 
     def __call__(self, numbers: Tensor, columns: Sequence[Tensor]) -> Received:
         """Send to all processes and return what they sent; all must call this.
 
         Args:
-            numbers: int64 tensor (count,).
-            columns: Tensors with one row for each of this process' rows, possibly none;
-                their types and the shapes of a row are the same in all processes.
+            numbers: int64 tensor (K,) with at most three numbers.
+            columns: Tensors with one row for each of this process' rows, possibly none.
 
         Raises:
-            RuntimeError: If another process called :meth:`refuse` instead.
+            RuntimeError: If another process raised, or does not do the same.
         """
-        rows = len(columns[0]) if columns else 0
-        headers = _all_headers(numbers, False, rows)
-        failed = [str(rank) for rank, (fails, *_) in enumerate(headers) if fails]
+        headers = self._send(numbers, columns)
+        failed = [str(rank) for rank, header in enumerate(headers) if header.failed]
         if failed:
             raise RuntimeError(
-                f'RaMBOLoss: process {", ".join(failed)} stopped at what its head gave '
-                'to the loss, and without it there is no ranking over all processes. '
-                'Its own error message says what was wrong'
+                f'{self._owner}: process {", ".join(failed)} stopped before it ranked, '
+                'and without it there is no ranking over all processes. Its own error '
+                'message says what was wrong'
             )
-        counts = [count for _, count, *_ in headers]
+        if len({header.agreed for header in headers}) > 1:
+            found = all_gather_object(self._describe(columns))
+            listed = ''.join(f'\n  process {i}: {each}' for i, each in enumerate(found))
+            raise RuntimeError(
+                f'{self._owner}: the processes do not rank the same together, so none '
+                f'goes on:{listed}\nAll need the same model, classes and precision, '
+                'and have to call every loss in every step, also without rows. For a '
+                'head that does not, set gather=False in the loss'
+            )
+        counts = [header.rows for header in headers]
         return Received(
-            [values for _, _, *values in headers],
+            [header.numbers for header in headers],
             [_all_rows(column, counts) for column in columns],
         )
 
-    def refuse(self, device: torch.device) -> None:
-        """Tell the other processes, which wait, that this one is about to raise."""
-        numbers = torch.zeros(self._count, dtype=torch.int64, device=device)
-        _all_headers(numbers, True, 0)
+    def _describe(self, columns: Sequence[Tensor]) -> str:
+        """Say what has to be the same in all processes."""
+        iteration = MessageHub.get_current_instance().runtime_info.get('iter')
+        where = '' if iteration is None else f'iteration {iteration + 1}, '
+        kinds = [f'{math.prod(c.shape[1:])} x {str(c.dtype)[6:]}' for c in columns]
+        found = ', '.join(kinds) or 'none'
+        return f'{where}call {self._calls} of loss {self._number}, columns {found}'
 
-
-def _all_headers(numbers: Tensor, failed: bool, rows: int) -> List[List[int]]:
-    """Return for each process whether it failed, how many rows it has, its numbers."""
-    header = torch.cat([numbers.new_full((1,), x) for x in (failed, rows)] + [numbers])
-    return torch.stack(list(all_gather(header))).tolist()
+    def _send(
+        self, numbers: Tensor, columns: Sequence[Tensor], failed: bool = False
+    ) -> List[_Header]:
+        """Send this process' header and return those of all."""
+        text = self._describe(columns).encode()
+        agreed = int.from_bytes(blake2b(text, digest_size=7).digest(), 'big')
+        rows = len(columns[0]) if columns else 0
+        # Filled on the device, as copying to it would wait.
+        parts = [numbers.new_full((1,), value) for value in (failed, rows)]
+        parts.append(numbers.new_full((1 + _NUMBERS - len(numbers),), agreed))
+        header = torch.cat([*parts, numbers])
+        self._awaited = False  # from here on the others know
+        found = torch.stack(list(all_gather(header))).tolist()
+        last = slice(-len(numbers), None)
+        return [_Header(each[0], each[1], each[2], each[last]) for each in found]
 
 
 def _all_rows(column: Tensor, counts: Sequence[int]) -> List[Tensor]:

@@ -1,4 +1,4 @@
-"""The score memory of RaMBOLoss, and when a saved one may be used."""
+"""The memory of a loss, and when a saved one may be used."""
 
 import warnings
 from collections import deque
@@ -6,7 +6,7 @@ from copy import deepcopy
 from typing import Any, Deque, Dict, List, Optional, Tuple
 
 from mmengine.dist import get_dist_info
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..functional import Past
 
@@ -20,10 +20,11 @@ class ScoreMemory:
 
     Args:
         length: How many steps are remembered at most.
+        loss: What messages call the loss. Losses of embeddings keep these as scores.
     """
 
-    def __init__(self, length: int) -> None:
-        self.length = length
+    def __init__(self, length: int, loss: str = 'RaMBOLoss') -> None:
+        self.length, self.loss = length, loss
         self._steps: Deque[Past] = deque(maxlen=length)
         self._idle_copy = False
         self._shared = False
@@ -32,7 +33,7 @@ class ScoreMemory:
         return len(self._steps)
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> 'ScoreMemory':
-        copied = ScoreMemory(self.length)
+        copied = ScoreMemory(self.length, self.loss)
         copied._steps = deepcopy(self._steps, memo)
         copied._idle_copy, copied._shared = True, self._shared
         return copied
@@ -58,16 +59,16 @@ class ScoreMemory:
     def recall(self, like: Tensor) -> List[Past]:
         """Return all steps, oldest first, moved to the device of present scores.
 
-        A memory with another number of classes is emptied, with a warning.
+        A memory with another number of columns is emptied, with a warning.
         """
         if not self._steps:
             return []
-        classes = self._steps[0].scores.size(1)
-        if classes != like.size(1):
+        columns = self._steps[0].scores.size(1)
+        if columns != like.size(1):
             warnings.warn(
-                f'RaMBOLoss: the memory holds scores of {classes} classes and pred has '
-                f'{like.size(1)}; the memory, probably loaded from another model, was '
-                'emptied',
+                f'{self.loss}: the rows of the memory have {columns} columns, one for '
+                f'each class or output, and those of this step {like.size(1)}; the '
+                'memory, probably loaded from another model, was emptied',
                 stacklevel=4,
             )
             self._steps.clear()
@@ -96,7 +97,7 @@ class ScoreMemory:
         Raises:
             ValueError: If :meth:`state` does not return such a state.
         """
-        steps = _steps_of(state)
+        steps = _steps_of(state, self.loss)
         self._steps.clear()
         # A memory that names no process is right for any: it had the images of all.
         self._shared = 'processes' not in state
@@ -111,13 +112,53 @@ class ScoreMemory:
             return
         if steps and self.length:
             warnings.warn(
-                f'RaMBOLoss: the memory in the checkpoint {reason}. It starts empty '
+                f'{self.loss}: the memory in the checkpoint {reason}. It starts empty '
                 f'in process {rank} and is full after {self.length} steps',
                 stacklevel=4,
             )
 
 
-def _steps_of(state: Dict[str, Any]) -> List[Tuple[Tensor, Tensor, Optional[Tensor]]]:
+class Remembering(nn.Module):
+    """A loss with a memory, which its ``state_dict`` holds."""
+
+    _memory: ScoreMemory
+    _fills_memory: bool
+
+    def get_extra_state(self) -> Dict[str, Any]:
+        """Return the memory for the ``state_dict``, oldest step first."""
+        return self._memory.state()
+
+    def set_extra_state(self, state: Dict[str, Any]) -> None:
+        """Restore the memory; only the last ``memory`` steps are kept."""
+        self._memory.load(state if self._fills_memory else dict(scores=[], labels=[]))
+
+    @property
+    def remembered(self) -> Optional[ScoreMemory]:
+        """The memory; ``None`` where the loss fills none."""
+        return self._memory if self._fills_memory else None
+
+    def _save_to_state_dict(
+        self, destination: Dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """Leave out an empty memory: mmengine broadcasts all that a new model has.
+
+        It expects tensors there, and stops a distributed training at anything else.
+        """
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self._memory.saved:
+            destination.pop(prefix + '_extra_state')
+
+    def _load_from_state_dict(
+        self, state_dict: Dict[str, Any], prefix: str, *args: Any
+    ) -> None:
+        """Empty the memory where the saved one was."""
+        state_dict.setdefault(prefix + '_extra_state', dict(scores=[], labels=[]))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _steps_of(
+    state: Dict[str, Any], loss: str
+) -> List[Tuple[Tensor, Tensor, Optional[Tensor]]]:
     """Return the steps of a saved memory, whose shapes are checked."""
     try:
         scores, labels = list(state['scores']), list(state['labels'])
@@ -133,7 +174,7 @@ def _steps_of(state: Dict[str, Any]) -> List[Tuple[Tensor, Tensor, Optional[Tens
         fits = False
     if not fits:
         raise ValueError(
-            'RaMBOLoss: the memory in the checkpoint must be dict(scores=[(N, C) '
+            f'{loss}: the memory in the checkpoint must be dict(scores=[(N, C) '
             'tensor per step], labels=[(N,) tensor per step]), got '
             f'{_describe(state)}; remove the keys that end in _extra_state from its '
             'state_dict to start with an empty memory'

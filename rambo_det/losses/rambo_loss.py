@@ -1,7 +1,7 @@
 """RaMBO: average precision as the classification loss of a detector."""
 
 import warnings
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, ContextManager, Dict, List, Optional, Sequence
 
 import torch
 from mmdet.registry import MODELS
@@ -21,20 +21,19 @@ from .arguments import (
     parse_overlaps,
     parse_term,
     refuse_unknown,
+    steps,
 )
 from .gather import Exchange, Step, gather_step
-from .memory import ScoreMemory
-from .ranking_loss import RankingLoss
+from .memory import Remembering, ScoreMemory
+from .ranking_loss import PATIENCE, RankingLoss
 from .rows import Images, Ranked, Rows, check_overlaps, check_reduction, check_rows
 
 # What RaMBOScheduleHook can change during training.
 SCHEDULED = ('lambd', 'margin', 'loss_weight', 'auxiliary')
-# After so many calls without a positive, the loss says so.
-PATIENCE = 50
 
 
 @MODELS.register_module()
-class RaMBOLoss(RankingLoss):
+class RaMBOLoss(Remembering, RankingLoss):
     """Average precision of the classification scores as a loss.
 
     Rolínek et al., *Optimizing Rank-based Metrics with Blackbox Differentiation*, CVPR
@@ -150,10 +149,6 @@ class RaMBOLoss(RankingLoss):
                 'use_sigmoid to decide whether the classifier has a background column. '
                 + INHERITED
             )
-        if isinstance(memory, bool) or not isinstance(memory, int) or memory < 0:
-            raise ValueError(
-                f'RaMBOLoss: memory must be a number of steps >= 0, got {memory!r}'
-            )
         if gather is not None and not isinstance(gather, bool):
             raise TypeError(
                 'RaMBOLoss: gather must be True, False or None (where the head calls '
@@ -176,7 +171,7 @@ class RaMBOLoss(RankingLoss):
         self.lambd = number('lambd', lambd, positive=True, finite=False)
         self.margin = number('margin', margin)
         self.margin_noise = bool(margin_noise)
-        self.memory = memory
+        self.memory = steps('memory', memory)
         self.scores = scores
         self.has_background = has_background
         specs = dict(class_ap=class_ap, pooled_ap=pooled_ap)
@@ -196,7 +191,7 @@ class RaMBOLoss(RankingLoss):
         self._fills_memory = memory > 0 and any(t.span == 'memory' for t in self.terms)
         self._memory = ScoreMemory(memory)
         self.ranked = Ranked()
-        self._exchange = Exchange(1 + len(self.terms))
+        self._exchange = Exchange(self.name)
         self._reported: Dict[str, Tensor] = {}
         self._calls_without_positive: Optional[int] = 0
         self._warned_about_images = False
@@ -281,8 +276,8 @@ class RaMBOLoss(RankingLoss):
             RuntimeError: If the head that calls has to tell the images and does not, or
                 if another process refused what it got.
         """
-        together = self._ranks_together(images)
-        try:
+        together = self._ranks_together(images is not None)
+        with self._exchange.expected(together):
             check_reduction(self.name, reduction_override)
             by_image = any(term.span == 'image' for term in self.terms)
             rows = check_rows(self, pred, target, weight, images, objects, by_image)
@@ -291,15 +286,11 @@ class RaMBOLoss(RankingLoss):
             levels = self._levels(target, overlaps)
             scores, labels = self.ranked(self._scores(rows.pred), rows.labels)
             rankings = [self._ranking(term, rows) for term in self.terms]
-        except Exception:
-            if together:  # the others wait for this process
-                self._exchange.refuse(getattr(pred, 'device', torch.device('cpu')))
-            raise
-        margin = self.margin * self.factors['margin']
-        noise = self.margin_noise and margin > 0
-        step = Step(scores, labels, levels, rows.any_ignored)
-        if together:
-            step = gather_step(self._exchange, step, rankings, noise)
+            margin = self.margin * self.factors['margin']
+            noise = self.margin_noise and margin > 0
+            step = Step(scores, labels, levels, rows.any_ignored)
+            if together:
+                step = gather_step(self._exchange, step, rankings, noise)
         rankings = [step.place(ranking) for ranking in rankings]
         scores, labels, past = step.scores, step.labels, []
         if self.training and self._fills_memory:
@@ -344,9 +335,13 @@ class RaMBOLoss(RankingLoss):
             loss = loss + share * other
         return loss
 
-    def _ranks_together(self, images: Optional[Images]) -> bool:
-        """Return whether this call is one of all processes."""
-        wanted = images is not None if self.gather is None else self.gather
+    def expected(self) -> ContextManager[None]:
+        """Return what a head enters before it computes what the loss then ranks."""
+        return self._exchange.expected(self._ranks_together(tells_images=True))
+
+    def _ranks_together(self, tells_images: bool) -> bool:
+        """Return whether a call is one of all processes."""
+        wanted = tells_images if self.gather is None else self.gather
         return self.training and wanted and get_world_size() > 1
 
     def _levels(self, target: Any, overlaps: Optional[Tensor]) -> Optional[Tensor]:
@@ -420,36 +415,3 @@ class RaMBOLoss(RankingLoss):
                 'thresholds leave positives?',
                 stacklevel=4,
             )
-
-    # The score memory
-
-    def get_extra_state(self) -> Dict[str, Any]:
-        """Return the memory for the ``state_dict``, oldest step first."""
-        return self._memory.state()
-
-    def set_extra_state(self, state: Dict[str, Any]) -> None:
-        """Restore the memory; only the last ``memory`` steps are kept."""
-        self._memory.load(state if self._fills_memory else dict(scores=[], labels=[]))
-
-    @property
-    def remembered(self) -> Optional[ScoreMemory]:
-        """The memory; ``None`` where no term has span 'memory'."""
-        return self._memory if self._fills_memory else None
-
-    def _save_to_state_dict(
-        self, destination: Dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        """Leave out an empty memory: mmengine broadcasts all that a new model has.
-
-        It expects tensors there, and stops a distributed training at anything else.
-        """
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self._memory.saved:
-            destination.pop(prefix + '_extra_state')
-
-    def _load_from_state_dict(
-        self, state_dict: Dict[str, Any], prefix: str, *args: Any
-    ) -> None:
-        """Empty the memory where the saved one was."""
-        state_dict.setdefault(prefix + '_extra_state', dict(scores=[], labels=[]))
-        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,12 +1,16 @@
 """What the heads of mmdet, and those of this package, ask of a loss that ranks."""
 
-from typing import ClassVar, Dict, List, Optional
+from contextlib import nullcontext
+from typing import ClassVar, ContextManager, Dict, List, Optional
 
 import torch
 from torch import Tensor, nn
 
 from .memory import ScoreMemory
 from .rows import Owner
+
+# After so many calls without a positive, a loss says so.
+PATIENCE = 50
 
 
 class RankingLoss(nn.Module):
@@ -37,6 +41,14 @@ class RankingLoss(nn.Module):
     def remembered(self) -> Optional[ScoreMemory]:
         """The memory of past steps; ``None`` without one."""
         return None
+
+    def expected(self) -> ContextManager[None]:
+        """Return what a head enters before it computes what the loss then ranks.
+
+        Where processes rank together, the others wait for the call. If this one raises
+        before it, the context tells them.
+        """
+        return nullcontext()
 
     def get_cls_channels(self, num_classes: int) -> int:
         """Return the number of outputs of the classifier for C classes."""

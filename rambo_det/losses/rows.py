@@ -166,33 +166,48 @@ def _check_shapes(
     has_background: bool,
 ) -> None:
     """Check shapes and types."""
-    if not isinstance(pred, Tensor):
+    columns = f'(N, C){" with C + 1 columns for softmax" * has_background}'
+    check_matrix(loss, 'pred', pred, 'logits', columns, 1 + has_background)
+    check_row_values(loss, 'target', labels, pred, 'pred', 'labels')
+    if index is not None:
+        what = 'numbers, the image of each row'
+        check_row_values(loss, 'images', index, pred, 'pred', what)
+    if weight is not None:
+        check_row_values(loss, 'weight', weight, pred, 'pred')
+
+
+def check_matrix(
+    loss: str, name: str, value: Any, what: str, shape: str, columns: int = 1
+) -> None:
+    """Raise unless an argument is a floating-point matrix with so many columns."""
+    if not isinstance(value, Tensor):
         raise TypeError(
-            f'{loss}: pred must be a tensor of logits, got {type(pred).__name__}'
+            f'{loss}: {name} must be a tensor of {what}, got {type(value).__name__}'
         )
-    if not pred.is_floating_point():
-        raise TypeError(f'{loss}: pred must be floating point, got {pred.dtype}')
-    if pred.dim() != 2 or pred.size(1) < 1 + has_background:
+    if not value.is_floating_point():
+        raise TypeError(f'{loss}: {name} must be floating point, got {value.dtype}')
+    if value.dim() != 2 or value.size(1) < columns:
         raise ValueError(
-            f'{loss}: pred must have shape (N, C)'
-            + (' with C + 1 columns for softmax' if has_background else '')
-            + f', got {tuple(pred.shape)}'
+            f'{loss}: {name} must have shape {shape}, got {tuple(value.shape)}'
         )
-    for name, value in (('target', labels), ('images', index)):
-        if value is not None and (
-            not isinstance(value, Tensor)
-            or value.is_floating_point()
-            or value.dtype == torch.bool
-        ):
-            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            what = 'labels' if name == 'target' else 'numbers, the image of each row'
-            raise TypeError(f'{loss}: {name} must hold integer {what}, got {got}')
-    for name, value in (('target', labels), ('weight', weight), ('images', index)):
-        if value is not None and value.shape != pred.shape[:1]:
-            raise ValueError(
-                f'{loss}: {name} must have shape ({pred.size(0)},), one value '
-                f'per row of pred {tuple(pred.shape)}, got {tuple(value.shape)}'
-            )
+
+
+def check_row_values(
+    loss: str, name: str, value: Any, rows: Tensor, of: str, integers: str = ''
+) -> None:
+    """Raise unless there is a value, perhaps an integer, for each row of a matrix."""
+    if integers and (
+        not isinstance(value, Tensor)
+        or value.is_floating_point()
+        or value.dtype == torch.bool
+    ):
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f'{loss}: {name} must hold integer {integers}, got {got}')
+    if value.shape != rows.shape[:1]:
+        raise ValueError(
+            f'{loss}: {name} must have shape ({rows.size(0)},), one value '
+            f'per row of {of} {tuple(rows.shape)}, got {tuple(value.shape)}'
+        )
 
 
 def check_columns(loss: 'RankingLoss', columns: int, owners: Sequence[Owner]) -> None:

@@ -40,7 +40,8 @@ def lazy(dataset):
 def build(cfg):
     """Build model, data sets and hooks; run mmdet's check of the classes."""
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    with torch.device('meta'):  # Names and sizes are of interest, no numbers.
+    # Names and sizes are of interest, no numbers, which mmpretrain's ResNet reads.
+    with torch.device('cpu' if cfg.model.type == 'BaseReID' else 'meta'):
         model = MODELS.build(cfg.model)
     loaders = {
         f'{name}_dataloader': SimpleNamespace(

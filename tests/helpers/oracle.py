@@ -3,6 +3,7 @@
 Everything here works on Python lists of floats, one sequence at a time.
 """
 
+from math import log1p
 from typing import List, Optional, Sequence, Tuple
 
 
@@ -49,26 +50,46 @@ def perturbed(
     targets: Sequence[int],
     lambd: float,
     count: Optional[int] = None,
+    weighting: Optional[str] = None,
 ) -> List[float]:
     """``y + λ g`` with g = n rk+ / (P rk²) for positives and 0 for negatives.
 
-    Here and below, a count replaces P, the number of positives.
+    Here and below, a count replaces P, the number of positives. With a weighting the
+    loss is that of recall, and g = n w'(rk - rk+) / P.
     """
     n, num_pos = len(scores), count or sum(targets)
     rk, rkp = ranks(scores, targets), positive_ranks(scores, targets)
+
+    def slope(i: int) -> float:
+        if weighting is None:
+            return rkp[i] / rk[i] ** 2
+        above = rk[i] - rkp[i]
+        return 1 / (1 + above) / (1 + log1p(above) if weighting == 'loglog' else 1)
+
     return [
-        scores[i] + lambd * n * rkp[i] / (num_pos * rk[i] ** 2)
-        if targets[i]
-        else scores[i]
+        scores[i] + lambd * n * slope(i) / num_pos if targets[i] else scores[i]
         for i in range(n)
     ]
 
 
+def weight(above: int, weighting: str) -> float:
+    """``w`` of the number of negatives above a positive."""
+    return log1p(above) if weighting == 'log' else log1p(log1p(above))
+
+
 def loss(
-    scores: Sequence[float], targets: Sequence[int], count: Optional[int]
+    scores: Sequence[float],
+    targets: Sequence[int],
+    count: Optional[int],
+    weighting: Optional[str] = None,
 ) -> float:
-    """``1 - AP``."""
-    found = 1 - average_precision(scores, targets)
+    """``1 - AP``, or the mean of ``w`` over the positives."""
+    if weighting is None:
+        found = 1 - average_precision(scores, targets)
+    else:
+        rk, rkp = ranks(scores, targets), positive_ranks(scores, targets)
+        weights = [weight(a - b, weighting) for a, b, t in zip(rk, rkp, targets) if t]
+        found = sum(weights) / len(weights)
     return found if count is None else found * sum(targets) / count
 
 
@@ -77,15 +98,16 @@ def ap_loss(
     targets: Sequence[int],
     lambd: float,
     count: Optional[int] = None,
+    weighting: Optional[str] = None,
 ) -> Tuple[float, List[float]]:
-    """``1 - AP`` and its gradient by Algorithm 1, incoming gradient 1."""
+    """The loss and its gradient by Algorithm 1, incoming gradient 1."""
     n = len(scores)
     if not any(targets):
         return 0.0, [0.0] * n
     before = ranks(scores, targets)
-    after = ranks(perturbed(scores, targets, lambd, count), targets)
+    after = ranks(perturbed(scores, targets, lambd, count, weighting), targets)
     gradient = [-(before[i] - after[i]) / (n * lambd) for i in range(n)]
-    return loss(scores, targets, count), gradient
+    return loss(scores, targets, count, weighting), gradient
 
 
 def rounding_decides(
@@ -95,6 +117,7 @@ def rounding_decides(
     tol: float,
     together: bool = True,
     count: Optional[int] = None,
+    weighting: Optional[str] = None,
 ) -> bool:
     """Whether two scores nearly tie after the perturbation, a positive among them.
 
@@ -104,7 +127,7 @@ def rounding_decides(
         return False
     n = len(scores)
     after = (
-        perturbed(scores, targets, lambd, count)
+        perturbed(scores, targets, lambd, count, weighting)
         if together
         else [s + lambd for s in scores]
     )
@@ -122,8 +145,9 @@ def ap_loss_singly(
     targets: Sequence[int],
     lambd: float,
     count: Optional[int] = None,
+    weighting: Optional[str] = None,
 ) -> Tuple[float, List[float]]:
-    """``1 - AP`` and the gradient where each positive is moved alone, by λ."""
+    """The loss and the gradient where each positive is moved alone, by λ."""
     n, num_pos = len(scores), count or sum(targets)
     gradient = [0.0] * n
     if not any(targets):
@@ -141,8 +165,12 @@ def ap_loss_singly(
             if precedes(j, i, scores, targets)
             and (lambd == float('inf') or not precedes(j, i, moved, targets))
         ]
-        gain = rkp[i] / (rk[i] - len(passed)) - rkp[i] / rk[i]
+        if weighting is None:
+            gain = rkp[i] / (rk[i] - len(passed)) - rkp[i] / rk[i]
+        else:
+            above = rk[i] - rkp[i]
+            gain = weight(above, weighting) - weight(above - len(passed), weighting)
         gradient[i] -= gain / num_pos
         for j in passed:
             gradient[j] += gain / num_pos / len(passed)
-    return loss(scores, targets, count), gradient
+    return loss(scores, targets, count, weighting), gradient

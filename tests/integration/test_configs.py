@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip('mmdet', reason='configs are those of mmdet')
+from mmdet.models.reid import linear_reid_head
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
@@ -25,11 +26,23 @@ CONFIGS = sorted(
     if not path.parent.name.startswith('_')
 )
 FASTER = [name for name in CONFIGS if Path(name).name.startswith('faster-rcnn')]
-OTHERS = [name for name in CONFIGS if name not in FASTER]
+REID = [name for name in CONFIGS if name.startswith('reid')]
+OTHERS = [name for name in CONFIGS if name not in FASTER + REID]
 HEAD = 'model.roi_head.bbox_head'
 LOSS = {f'{HEAD}.loss_cls', f'{HEAD}.type', 'custom_imports'}
+BOX = {f'{HEAD}.box_avg', f'{HEAD}.loss_bbox.loss_weight'}
+SAMPLER = 'model.train_cfg.rcnn.sampler.num'
+IGNORE = {
+    f'model.train_cfg.{stage}.assigner.ignore_iof_thr' for stage in ('rpn', 'rcnn')
+}
+RECIPE = LOSS | BOX | {SAMPLER}
 NO_TWINS = ('pascal_voc', 'own_data')  # mmdet has those of cross-entropy
 register_all_modules()
+
+
+def require_mmpretrain():
+    if linear_reid_head.mmpretrain is None:
+        pytest.skip('mmdet has models of ReID only with mmpretrain')
 
 
 def load(name):
@@ -44,11 +57,12 @@ def outside(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp('elsewhere')
     script = ROOT / 'tests' / 'helpers' / 'load_configs.py'
+    path = os.pathsep.join([str(ROOT), *os.environ.get('PYTHONPATH', '').split(':')])
     arguments = [find_mmdet_script('train'), 'out.json', *(FOLDER / n for n in CONFIGS)]
     done = subprocess.run(
         [sys.executable, '-W', 'ignore', str(script), *map(str, arguments)],
         cwd=folder,
-        env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
+        env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'},
         capture_output=True,
         text=True,
     )
@@ -58,6 +72,8 @@ def outside(tmp_path_factory):
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_mmdets_own_script_loads_and_builds_it(name, outside):
+    if name in REID:
+        require_mmpretrain()
     found = outside['found'][str(FOLDER / name)]
     assert 'error' not in found, found['error']
     # Building it ran the hook's check of the data's classes against the heads.
@@ -70,6 +86,8 @@ def test_mmdets_own_script_loads_and_builds_it(name, outside):
 @pytest.mark.parametrize('name', CONFIGS)
 def test_it_imports_what_it_uses(name, outside):
     """The configs that were loaded before it must not have done it for it."""
+    if name in REID:
+        require_mmpretrain()
     found = outside['found'][str(FOLDER / name)]
     used = [module for module in found['modules'] if module.startswith('rambo_det')]
     asked = set(found['imports'])
@@ -142,7 +160,7 @@ def parts(value, path=''):
 CHANGED = re.compile(
     r'(^custom_imports|^custom_hooks|^voc_|^training_checks|_scope_$'
     r'|^default_hooks\.(invalid_loss|num_class_check)'
-    r'|\.loss_cls\.|\.num_classes$|\.score_thr$'
+    r'|\.loss_cls\.|\.num_classes$|\.score_thr$|\.ignore_iof_thr$'
     r'|(bbox|rpn)_head(\.\d)?\.type$'
     r'|_dataloader\.dataset\.(data_root|ann_file|data_prefix\.img|metainfo\.)'
     r'|_evaluator\.ann_file$)'
@@ -195,6 +213,7 @@ CHECKS = {
 }
 THRESHOLD = 'model.test_cfg.rcnn.score_thr'
 RPN = {'model.rpn_head.type', 'model.rpn_head.loss_cls'}
+PAPERS = 'faster-rcnn_r50_fpn_rambo-paper_1x_voc07.py'
 PAPER = {
     'train_dataloader.batch_size',
     'optim_wrapper.optimizer.lr',
@@ -215,30 +234,34 @@ PAPER = {
         ('faster-rcnn_x101-32x4d_fpn_rambo_1x_voc0712.py', X101),
         ('faster-rcnn_r50_fpn_rambo_1x_voc07.py', VOC07),
         ('faster-rcnn_r50_fpn_rambo-image_1x_voc07.py', VOC07),
-        ('faster-rcnn_r50_fpn_rambo-paper_1x_voc07.py', VOC07 | PAPER),
         ('faster-rcnn_r50_fpn_rambo-rpn_1x_voc0712.py', RPN),
         ('faster-rcnn_r50_fpn_4conv1fc-rambo_1x_voc0712.py', set()),
     ],
 )
 def test_only_the_intended_keys_differ_from_the_baseline_of_mmdet(name, extra):
     found = differences(baseline(), load(f'pascal_voc/{name}'))
-    assert found == LOSS | CHECKS | {THRESHOLD} | extra
+    assert found == RECIPE | IGNORE | CHECKS | {THRESHOLD} | extra
+
+
+def test_the_papers_settings_keep_the_sample_and_the_box_loss_of_mmdet():
+    found = differences(baseline(), load(f'pascal_voc/{PAPERS}'))
+    assert found - {f'{HEAD}.box_avg'} == LOSS | CHECKS | {THRESHOLD} | VOC07 | PAPER
 
 
 def test_every_pascal_voc_config_is_compared_above():
     test = test_only_the_intended_keys_differ_from_the_baseline_of_mmdet
     compared = {name for name, _ in test.pytestmark[0].args[1]}
-    assert {f'pascal_voc/{name}' for name in compared} == {
+    assert {f'pascal_voc/{name}' for name in {*compared, PAPERS}} == {
         name
         for name in FASTER
         if name.startswith('pascal_voc') and not name.endswith('-cocofmt.py')
     }
 
 
-def test_coco_format_differs_from_that_of_mmdet_in_the_loss_alone():
+def test_coco_format_differs_from_that_of_mmdet_in_the_recipe_alone():
     name = 'pascal_voc/faster-rcnn_r50_fpn_{}1x_voc0712-cocofmt.py'
     found = differences(baseline(name.format('')), load(name.format('rambo_')))
-    assert found == LOSS | CHECKS | {THRESHOLD}
+    assert found == RECIPE | CHECKS | {THRESHOLD}
 
 
 def test_voc07_is_the_first_half_of_the_baseline():
@@ -268,14 +291,28 @@ FINETUNE = [n for n in CONFIGS if '_rambo-finetune_' in n]
 def test_fine_tuning_starts_from_a_checkpoint_as_its_twin_does(name, monkeypatch):
     monkeypatch.setenv('RAMBO_START', '/elsewhere/start.pth')
     ours, twin = load(name), load(name.replace('_rambo-', '_ce-'))
-    assert differences(twin, ours) <= LOSS
+    assert differences(twin, ours) <= RECIPE
     assert ours.load_from == twin.load_from == '/elsewhere/start.pth'
     (base,) = (n for n in FASTER if n.startswith(name.split('-finetune')[0] + '_'))
     changed = {'load_from', 'param_scheduler', 'optim_wrapper.optimizer.lr'}
-    changed |= {'train_cfg.max_epochs', 'train_cfg.val_interval'}
-    found = differences(load(base), ours)
-    assert {path for path in found if not path.startswith('finetune_')} == changed
+    found = differences(load(base), ours) - {'train_cfg.val_interval'}
+    found = {path for path in found if not path.startswith('finetune_')}
+    assert found == changed | {'train_cfg.max_epochs'}
     assert ours.param_scheduler[-1].end == ours.train_cfg.max_epochs == 4
+
+
+@pytest.mark.parametrize('name', [n for n in CONFIGS if '_rambo-before_' in n])
+def test_the_default_before_differs_in_the_sample_and_the_box_loss(name):
+    found = differences(load(name.replace('_rambo-before_', '_rambo_')), load(name))
+    assert found == BOX | {SAMPLER}
+
+
+@pytest.mark.parametrize('name', [n for n in FASTER if '_rambo_' in n])
+def test_every_proposal_is_ranked_and_the_box_loss_keeps_its_strength(name):
+    cfg = load(name)
+    rcnn, proposals = cfg.model.train_cfg.rcnn, cfg.model.train_cfg.rpn_proposal
+    assert rcnn.sampler.num > proposals.max_per_img
+    assert cfg.model.roi_head.bbox_head.box_avg == 'positives'
 
 
 @pytest.mark.parametrize('name', [n for n in CONFIGS if 'rambo-image' in n])
@@ -312,3 +349,35 @@ def test_roots_and_weights_come_from_the_environment(name, monkeypatch):
     checkpoint = cfg.model.backbone.init_cfg.checkpoint
     assert checkpoint == '/elsewhere/RAMBO_MOBILENETV2/'
     assert 'bbox_min_size' not in cfg.pretty_text
+
+
+def test_omniglot_configs_differ_in_the_loss_alone():
+    names = [name for name in REID if name.endswith('omniglot.py')]
+    for name in names:
+        found = differences(load(names[0]), load(name))
+        loss = {f'model.head.{key}' for key in ('loss_cls', 'num_classes')}
+        assert {path.split('.loss_triplet')[0] for path in found} <= {
+            *loss,
+            'model.head',
+            'model.head.loss_triplet',
+        }
+    assert len(names) == 5
+
+
+def test_market1501_changes_head_and_data_of_mmdets_baseline_alone():
+    name = 'reid/reid_r50_8xb32-6e_mot17train80_test-mot17val20.py'
+    found = differences(baseline(name), load('reid/reid_r50_rambo_market1501.py'))
+    assert found == {
+        *('custom_imports', 'default_hooks.num_class_check', 'data_root'),
+        *(f'model.head.{key}' for key in ('type', 'num_classes')),
+        *(
+            f'model.head.loss_triplet.{key}'
+            for key in ('type', 'margin', 'loss_weight')
+        ),
+        'train_dataloader.dataset',
+        *(
+            f'{split}_dataloader.dataset.{key}'
+            for split in ('val', 'test')
+            for key in ('data_root', 'ann_file', 'data_prefix.img_path')
+        ),
+    }

@@ -17,7 +17,7 @@ from mmdet.registry import DATASETS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
-from tests.helpers.checkpoints import load_checkpoint
+from rambo_det.checkpoint import load_checkpoint
 
 SHARED = ROOT.parent / 'shared'
 MEMORY = 'roi_head.bbox_head.loss_cls._extra_state'

@@ -18,9 +18,9 @@ from torch import nn
 pytest.importorskip('mmdet', reason='trains with mmengine')
 import mmengine.optim.optimizer.amp_optimizer_wrapper as amp
 
-import rambo_det.hooks.checkpoint as checkpoint_module
+import rambo_det.checkpoint as checkpoint_module
 from rambo_det import RaMBOLoss
-from tests.helpers.checkpoints import load_checkpoint
+from rambo_det.checkpoint import load_checkpoint
 from tests.helpers.toy_training import Restless, examples, loader, rambo_loss, train
 from tests.unit.test_rambo_loss import CLASS, PLAIN, random_batch
 
@@ -231,7 +231,7 @@ def test_full_disk_with_the_stock_hook(tmp_path, monkeypatch):
     """
     settings = dict(type='CheckpointHook')
     trained_until_the_disk_is_full(tmp_path / 'a', monkeypatch, STOCK, **settings)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match='newest complete one there is'):
         load_checkpoint(tmp_path / 'a' / 'epoch_2.pth')
     resumed(tmp_path / 'a', **settings)
     settings['max_keep_ckpts'] = 1

@@ -2,13 +2,17 @@
 
 import itertools
 import math
+import time
+from unittest import mock
 
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip('mmdet', reason='RaMBOLoss is registered in mmdet')
-from rambo_det import RaMBOLoss
+from mmengine.logging import MessageHub
+
+from rambo_det import RaMBOLoss, RaMBORetrievalLoss
 from rambo_det.functional import (
     Ranking,
     apply_margin,
@@ -117,11 +121,26 @@ def steps_of(rank, world, settings, wrap):
     )
 
 
+def retrieval(rank, world, wrap):
+    """As steps_of, of two steps of retrieval; rows have as many classes as a loss."""
+    loss = RaMBORetrievalLoss(memory=1, margin_noise=True, margin=0.3)
+    model, found = wrap(classifier()), []
+    for step in (0, 4):
+        features, labels, *_ = union(step, world) if rank is None else batch(step, rank)
+        model.zero_grad()
+        torch.manual_seed(7 if rank in (None, 0) else rank)  # the first one's counts
+        value = loss(model(features), labels)
+        value.backward()
+        found.append((value.detach(), gradient(model)))
+    return dict(zip(('losses', 'gradients'), map(torch.stack, zip(*found))))
+
+
 def all_cases(rank, world):
-    return {
+    found = {
         name: steps_of(rank, world, settings, DistributedDataParallel)
         for name, settings in CASES.items()
     }
+    return dict(found, retrieval=retrieval(rank, world, DistributedDataParallel))
 
 
 @pytest.fixture(scope='module', params=[2, 4])
@@ -129,6 +148,25 @@ def found(request, tmp_path_factory):
     """The number of processes, and what each found in every case."""
     world = request.param
     return world, run(all_cases, world, tmp_path_factory.mktemp('group'), world)
+
+
+def test_retrieval_ranks_the_images_of_all_processes(found, monkeypatch):
+    world, results = found
+    # What the processes agree on, and one process has no need to.
+    own = RaMBORetrievalLoss._loss
+
+    def drawn(self, feats, labels, together):
+        torch.manual_seed(int(torch.randint(2**62, ())))
+        return own(self, feats, labels, together)
+
+    monkeypatch.setattr(RaMBORetrievalLoss, '_loss', drawn)
+    expected = retrieval(None, world, lambda model: model)
+    assert expected['gradients'].abs().sum(1).min() > 0
+    for result in results:
+        for name, values in expected.items():
+            torch.testing.assert_close(
+                result['retrieval'][name], values, rtol=1e-6, atol=1e-9
+            )
 
 
 @pytest.mark.parametrize('name', CASES)
@@ -262,7 +300,7 @@ def count_collectives(rank, world):
 def test_rows_are_sent_only_where_a_sequence_has_those_of_several_processes(tmp_path):
     world = 2
     results = run(count_collectives, world, tmp_path, world)
-    header = (5,)  # failed, rows, seed, two counts
+    header = (6,)
     expected = []
     for step in range(len(ROWS)):
         longest = max(int(batch(step, rank)[2].sum()) for rank in range(world))
@@ -292,7 +330,7 @@ def test_half_precision_is_ranked_and_kept_in_full(tmp_path):
 
 
 def labels_beyond_float(rank):
-    exchange = gather.Exchange(1)
+    exchange = gather.Exchange('a test')
     columns = [
         torch.full((rank, 3), 0.1),
         torch.full((rank,), 2**24 + 1),
@@ -383,3 +421,119 @@ def test_a_process_that_raises_makes_the_others_raise(tmp_path):
                 assert message.startswith('ValueError: RaMBOLoss: pred contains NaN')
             else:
                 assert f'RuntimeError: RaMBOLoss: process {nan_in} stopped' in message
+
+
+PLAIN = dict(margin_noise=False, gather=True)
+OTHER_SPANS = dict(PLAIN, class_ap=dict(span='image'), pooled_ap=dict(span='row'))
+
+
+def wait_for_the_failed(rank, cases):
+    """What each process raises where the second one fails, and how long it took."""
+    found = {}
+    for name, fail in cases.items():
+        # The same number of losses in each process, as if they built a model.
+        losses = [RaMBOLoss(**settings) for settings in (PLAIN, PLAIN, OTHER_SPANS)]
+        loss_cls, *others = losses
+        loss_cls.others = others
+        scores, labels = torch.randn(4, CLASSES), torch.arange(4)
+        began = time.monotonic()
+        try:
+            if rank == 1:
+                fail(loss_cls, scores, labels)
+            else:
+                loss_cls(scores, labels)
+            message = ''
+        except Exception as error:
+            message = f'{type(error).__name__}: {error}'
+        found[name] = message, time.monotonic() - began
+        # All goes on afterwards.
+        assert RaMBOLoss(**PLAIN)(scores, labels).isfinite()
+    return found
+
+
+def watched(loss_cls, scores, labels):
+    loss_cls.ranked.register_forward_hook(lambda *_: 1 / 0)
+    loss_cls(scores, labels)
+
+
+def head(loss_cls, scores, labels):
+    with loss_cls.expected():
+        raise IndexError('no such level')
+
+
+def after_the_checks(loss_cls, scores, labels):
+    with mock.patch.object(gather, '_count_present', side_effect=MemoryError('full')):
+        loss_cls(scores, labels)
+
+
+def other_classes(loss_cls, scores, labels):
+    loss_cls(torch.randn(4, 1 + CLASSES), labels)
+
+
+def other_precision(loss_cls, scores, labels):
+    loss_cls(scores.double(), labels)
+
+
+def other_spans(loss_cls, scores, labels):
+    loss_cls.others[1](scores, labels, images=labels)
+
+
+def another_loss(loss_cls, scores, labels):
+    loss_cls.others[0](scores, labels)
+
+
+def another_iteration(loss_cls, scores, labels):
+    MessageHub.get_current_instance().update_info('iter', 7)
+    try:
+        loss_cls(scores, labels)
+    finally:
+        MessageHub.get_current_instance().pop_info('iter')
+
+
+# What is raised in the process that fails, and what is in the messages of the others.
+FAILURES = {
+    watched: ('ZeroDivisionError: division', 'process 1 stopped before it ranked'),
+    head: ('IndexError: no such level', 'process 1 stopped before it ranked'),
+    after_the_checks: ('MemoryError: full', 'process 1 stopped before it ranked'),
+    other_classes: ('RuntimeError', 'columns 4 x float32, 1 x int64'),
+    other_precision: ('RuntimeError', 'columns 3 x float64, 1 x int64'),
+    other_spans: ('RuntimeError', 'columns none'),
+    another_loss: ('RuntimeError', 'call 1 of loss'),
+    another_iteration: ('RuntimeError', 'process 1: iteration 8, call 1 of loss'),
+}
+
+
+def test_a_process_that_fails_or_differs_is_named_by_the_others_at_once(tmp_path):
+    cases = {function.__name__: function for function in FAILURES}
+    results = run(wait_for_the_failed, 3, tmp_path, cases)
+    for function, (own, others) in FAILURES.items():
+        for rank, result in enumerate(results):
+            message, seconds = result[function.__name__]
+            assert message.startswith(own if rank == 1 else 'RuntimeError'), message
+            if rank != 1 or own == 'RuntimeError':
+                assert others in message, message
+            assert seconds < 1
+
+
+def one_call_less(rank):
+    """Two losses in each step; the third process leaves out one call."""
+    first, second = RaMBOLoss(**PLAIN), RaMBOLoss(**PLAIN)
+    found = []
+    for step in range(3):
+        for loss_cls in (first, second):
+            if (rank, step, loss_cls) == (2, 1, first):
+                continue
+            scores = torch.full((4, CLASSES), float(step))
+            try:
+                loss_cls(scores, torch.arange(4))
+                found.append('')
+            except RuntimeError as error:
+                return [*found, str(error)]
+    return found
+
+
+def test_a_call_that_is_left_out_is_an_error_in_all(tmp_path):
+    results = run(one_call_less, 3, tmp_path)
+    for *before, message in results:
+        assert before == ['', ''] and 'do not rank the same together' in message
+        assert message.count('call 2 of loss') == 3

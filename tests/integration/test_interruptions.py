@@ -1,96 +1,69 @@
 """Detectors that are killed, resumed, and used where rambo_det is not installed."""
 
+import multiprocessing
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
-import textwrap
+import time
+import traceback
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
-from tests import ROOT
-from tests.helpers.demo_configs import RAMBO
-
 pytest.importorskip('mmdet', reason='runs the scripts of mmdet')
 from mmengine.config import Config
 
+from rambo_det.checkpoint import load_checkpoint
 from tests.helpers import detectors
-from tests.helpers.checkpoints import load_checkpoint
-from tests.integration.test_end_to_end import run
 from tests.integration.test_import import HIDE
+from tests.integration.test_resume import REACTING, noisy_training
 
-EPOCHS, STEPS = 4, 3  # 12 images in batches of 4
-
-
-@pytest.fixture(scope='module')
-def config(tmp_path_factory):
-    """The demo with everything that has a state, and its data."""
-    folder = tmp_path_factory.mktemp('interrupted')
-    data = folder / 'shapes'
-    run(
-        'dataset_tools/make_demo_voc.py',
-        '--out',
-        str(data),
-        '--train',
-        '12',
-        '--test',
-        '2',
-    )
-    path = folder / 'config.py'
-    path.write_text(
-        textwrap.dedent(f"""
-        _base_ = {str(RAMBO)!r}
-        model = dict(roi_head=dict(bbox_head=dict(loss_cls=dict(
-            class_ap=dict(span='memory'), margin=0.5, lambd=0.3))))
-        train_dataloader = dict(batch_size=4)
-        train_cfg = dict(max_epochs={EPOCHS}, val_interval=1)
-        default_hooks = dict(
-            logger=dict(interval=1),
-            checkpoint=dict(
-                _delete_=True, type='SafeCheckpointHook', interval=1, max_keep_ckpts=1))
-        custom_hooks = [
-            dict(type='RaMBOScheduleHook', param='lambd', start=9.0),
-            dict(type='EMAHook', momentum=0.1, update_buffers=True),
-            dict(type='RaMBOMonitorHook', interval=2),
-            dict(type='ExactResumeHook'),
-        ]
-        randomness = dict(seed=0, deterministic=True)
-        """)
-    )
-    return path, dict(RAMBO_DEMO_DATA=str(data), OMP_NUM_THREADS='1')
+# Where it is killed differs each time; RAMBO_KILLS=100 --timeout=0 tries more.
+KILLS = int(os.environ.get('RAMBO_KILLS', 4))
+COUNTED = dict(
+    epoch=dict(by_epoch=True, max_epochs=12, val_interval=2),
+    iter=dict(by_epoch=False, max_iters=48, val_interval=5),
+)
+SIGNALS = (signal.SIGKILL, signal.SIGTERM)
+SCORE = dict(monitor='score', rule='greater', patience=4)
 
 
-@pytest.fixture(scope='module')
-def uninterrupted(config, tmp_path_factory):
-    path, environment = config
-    work_dir = tmp_path_factory.mktemp('uninterrupted')
-    log = run('train.py', str(path), '--work-dir', str(work_dir), **environment)
-    assert 'rambo/zero_grad_share' in log
-    return load_checkpoint(work_dir / f'epoch_{EPOCHS}.pth')
+def train_to_the_end(folder, unit):
+    """Train, or go on, with everything that has a state; save every few steps."""
+    # mmengine waits where it begins with the data again.
+    mock.patch('mmengine.runner.loops.time.sleep').start()
+    try:
+        saving = dict(type='SafeCheckpointHook', interval=1, max_keep_ckpts=1)
+        saving.update(by_epoch=unit == 'epoch', save_best='score', rule='greater')
+        runner, _ = noisy_training(
+            folder,
+            [
+                dict(type='ExactResumeHook'),
+                dict(type='EMAHook', momentum=0.1, update_buffers=True),
+                dict(type='RaMBOScheduleHook', param='lambd', start=9.0),
+                dict(SCORE, type='EarlyStoppingHook', min_delta=-9.0),
+            ],
+            resume=True,
+            loop=COUNTED[unit],
+            checkpoint=saving,
+            **dict(REACTING, param_scheduler=[dict(SCORE, type='ReduceOnPlateauLR')]),
+        )
+        runner.train()
+    except BaseException:
+        Path(folder, 'error').write_text(traceback.format_exc())
+        raise
 
 
-def train_until(step, signal_number, path, work_dir, environment):
-    """Train, and send a signal once a step, counted from 0, is logged."""
-    command = [sys.executable, '-W', 'ignore', str(ROOT / 'tools' / 'train.py')]
-    process = subprocess.Popen(
-        [*command, str(path), '--work-dir', str(work_dir)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, **environment},
-    )
-    wanted = f'Epoch(train) [{step // STEPS + 1}][{step % STEPS + 1}/{STEPS}]'
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if wanted in re.sub(r'\s+(?=\d)', '', line):
-            process.send_signal(signal_number)
-            break
-    process.stdout.close()
-    assert process.wait(60) == -signal_number, ''.join(lines[-30:])
+def start(folder, unit):
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['mmdet.apis', 'rambo_det'])
+    process = context.Process(target=train_to_the_end, args=(folder, unit))
+    process.start()
+    return process
 
 
 def differences(a, b, name=''):
@@ -108,24 +81,40 @@ def differences(a, b, name=''):
     return [] if a == b else [name]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('signal_number', [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_training_ends_with_the_same_weights(
-    signal_number, config, uninterrupted, tmp_path
-):
-    path, environment = config
-    # After the first checkpoint; another step in each run of the tests.
-    step = random.SystemRandom().randrange(STEPS, EPOCHS * STEPS - 1)
-    print(f'{signal_number.name} after step {step}')
-    train_until(step, signal_number, path, tmp_path, environment)
-    done = max(int(p.stem.split('_')[1]) for p in tmp_path.glob('epoch_*.pth'))
-    arguments = [str(path), '--work-dir', str(tmp_path), '--resume']
-    log = run('train.py', *arguments, **environment)
-    assert f'resumed epoch: {done}' in log
-    resumed = load_checkpoint(tmp_path / f'epoch_{EPOCHS}.pth')
-    parts = ('state_dict', 'ema_state_dict', 'optimizer', 'exact_resume')
-    for part in (*parts, 'param_schedulers'):
-        assert differences(resumed[part], uninterrupted[part]) == []
+@pytest.mark.parametrize('unit', COUNTED)
+def test_a_training_that_is_killed_goes_on_bit_for_bit(unit, tmp_path):
+    """Wherever it is killed, also while it saves, validates or begins again."""
+    whole, chance = tmp_path / 'whole', random.SystemRandom()
+    process = start(whole, unit)
+    process.join()
+    began = time.monotonic()
+    process = start(tmp_path / 'again', unit)
+    process.join()
+    seconds = time.monotonic() - began
+    kills, number = 0, 0
+    while kills < KILLS:
+        folder, number = tmp_path / str(number), number + 1
+        while not (folder / 'done').exists():
+            process = start(folder, unit)
+            if kills < KILLS:
+                process.join(chance.uniform(0, seconds))
+                if process.is_alive():
+                    os.kill(process.pid, chance.choice(SIGNALS))
+                    kills += 1
+            process.join()
+            if process.exitcode == 0:
+                (folder / 'done').touch()
+            error = folder / 'error'
+            assert not error.exists(), error.read_text()
+        paths = [sorted(f.name for f in p.glob('*.*pth*')) for p in (folder, whole)]
+        assert paths[0] == paths[1] and len(paths[0]) == 2
+        ends = [load_checkpoint(f / paths[0][1]) for f in (folder, whole)]
+        for part in ends[0].keys() - {'meta', 'message_hub'}:
+            assert differences(ends[0][part], ends[1][part]) == []
+        hubs = [end['message_hub']['runtime_info']['best_score'] for end in ends]
+        assert hubs[0] == hubs[1]
+        assert not [*folder.rglob('*unfinished*')]
+    print(f'{kills} kills in {number} trainings')
 
 
 # Without rambo_det

@@ -1,5 +1,6 @@
 """Boxes without area, and losses that are not finite, stop a training by name."""
 
+import os
 import re
 import shutil
 
@@ -20,6 +21,9 @@ from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 
 from rambo_det import InvalidLossHook
+from rambo_det.checkpoint import load_checkpoint
+from tests.helpers.processes import run
+from tests.helpers.toy_training import Restless, loader
 
 NAN, INF = float('nan'), float('inf')
 GOOD = (1, 2, 5, 6)
@@ -43,6 +47,8 @@ class Model(BaseModel):
         self.steps = 0
 
     def forward(self, inputs, data_samples, mode='loss'):
+        if mode == 'predict':
+            return data_samples
         losses = self.losses.get(self.steps, dict(loss_cls=1.0, loss_bbox=1.0))
         self.steps += 1
         return {name: value * self.weight for name, value in losses.items()}
@@ -55,6 +61,7 @@ def runner_of(model, hook, work_dir, samples=None, **settings):
     ]
     settings.setdefault('train_cfg', dict(by_epoch=False, max_iters=8))
     checkpoint = settings.pop('checkpoint', dict(by_epoch=False, interval=2))
+    checkpoint = dict(dict(type='CheckpointHook'), **checkpoint)
     return Runner(
         model=model,
         work_dir=str(work_dir),
@@ -65,8 +72,8 @@ def runner_of(model, hook, work_dir, samples=None, **settings):
             collate_fn=dict(type='pseudo_collate'),
         ),
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
-        custom_hooks=[dict(type='InvalidLossHook', **hook)],
-        default_hooks=dict(checkpoint=dict(type='CheckpointHook', **checkpoint)),
+        custom_hooks=[dict(type='InvalidLossHook', **hook), *settings.pop('hooks', ())],
+        default_hooks=dict(checkpoint=checkpoint),
         default_scope='mmdet',
         experiment_name=work_dir.name,
         log_level='ERROR',
@@ -111,6 +118,66 @@ def test_the_only_checkpoint_survives(tmp_path, interval):
     assert kept.name == 'iter_4.pth'
     weights = torch.load(kept, weights_only=False)['state_dict']
     assert weights['weight'].isfinite()
+
+
+KEEP_ONE = dict(interval=1, max_keep_ckpts=1)
+EPOCHS = dict(train_cfg=dict(by_epoch=True, max_epochs=3))
+VALIDATED = dict(
+    train_cfg=dict(by_epoch=False, max_iters=8, val_interval=4),
+    val_dataloader=loader([dict(inputs=torch.zeros(1), data_samples=torch.zeros(1))]),
+    val_cfg=dict(),
+    val_evaluator=[Restless()],
+)
+BEST = dict(interval=99, by_epoch=False, save_best='score', rule='greater')
+# The step in which the second process has NaN, the settings, and which file is left.
+IN_TWO = {
+    'epoch': (7, dict(EPOCHS, checkpoint=KEEP_ONE), ['epoch_1.pth']),
+    'iteration': (3, dict(checkpoint=dict(KEEP_ONE, by_epoch=False)), ['iter_3.pth']),
+    'best': (3, dict(VALIDATED, checkpoint=BEST), []),
+}
+IN_TWO = {
+    f'{name}, {safe}, exact {exact}, interval {interval}': (
+        step,
+        dict(
+            settings,
+            checkpoint=dict(settings['checkpoint'], type=f'{safe}CheckpointHook'),
+            hooks=[dict(type='ExactResumeHook')] * exact,
+        ),
+        interval,
+        left,
+    )
+    for name, (step, settings, left) in IN_TWO.items()
+    for safe, exact, interval in [('', 0, 1), ('', 1, 100), ('Safe', 0, 100)]
+}
+
+
+def nan_in_the_second(rank, folder):
+    os.environ.update(LOCAL_RANK=str(rank))
+    wrapper = dict(type='MMDistributedDataParallel', device_ids=None)
+    messages = []
+    for name, (step, settings, interval, _) in IN_TWO.items():
+        model = Model({step: dict(loss_cls=NAN)} if rank == 1 else {})
+        settings = dict(
+            settings, launcher='pytorch', cfg=dict(model_wrapper_cfg=wrapper)
+        )
+        runner = runner_of(model, dict(interval=interval), folder / name, **settings)
+        try:
+            runner.train()
+        except FloatingPointError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_all_processes_stop_before_the_only_checkpoint_is_replaced(tmp_path):
+    first, second = run(nan_in_the_second, 2, tmp_path, tmp_path)
+    assert len(first) == len(second) == len(IN_TWO)
+    for (name, (step, *_, left)), message, own in zip(IN_TWO.items(), first, second):
+        assert 'a loss of process 1 is not finite' in message
+        assert f'in iteration {step + 1} loss_cls = nan. The images' in own
+        files = [*(tmp_path / name).glob('*.pth')]
+        assert [path.name for path in files] == left
+        for path in files:
+            assert load_checkpoint(path)['state_dict']['weight'].isfinite()
 
 
 def test_a_total_that_overflows_is_named_itself(tmp_path):

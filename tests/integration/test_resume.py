@@ -4,20 +4,22 @@ import copy
 import io
 import os
 import random
+import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip('mmdet', reason='the hooks are registered in mmdet')
-from mmengine.hooks import Hook
+from mmengine.hooks import EarlyStoppingHook, Hook
 
+from rambo_det.checkpoint import load_checkpoint
 from rambo_det.functional import Past
 from rambo_det.hooks import resume as resume_module
 from rambo_det.hooks.resume import KEY, random_state, set_random_state
 from rambo_det.losses import memory as memory_module
-from tests.helpers.checkpoints import load_checkpoint
 from tests.helpers.processes import run
 from tests.helpers.toy_training import (
     Augmented,
@@ -131,6 +133,92 @@ def test_a_resumed_training_is_the_uninterrupted_one(
     )
     assert same(rest, whole)
     assert str(rest.loss.state_dict()) == str(whole.loss.state_dict())
+
+
+class Spread(Restless):
+    """A metric that depends on the weights alone, and goes up and down."""
+
+    def compute_metrics(self, results):
+        return dict(score=float(torch.stack(results).double().sum() * 1e3 % 1))
+
+
+REACTING = dict(
+    val_evaluator=[Spread()],
+    param_scheduler=[
+        dict(type='ReduceOnPlateauLR', monitor='score', rule='greater', patience=0)
+    ],
+    optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.05), accumulative_counts=3),
+)
+
+
+@pytest.mark.parametrize('saver', ['CheckpointHook', 'SafeCheckpointHook'])
+@pytest.mark.parametrize('by_epoch', [True, False])
+def test_what_reacts_to_metrics_and_gradients_that_wait_go_on(
+    tmp_path, saver, by_epoch, no_sleep
+):
+    """From every checkpoint, saved before or amid a validation, or between updates."""
+    folder, stop = tmp_path / 'whole', dict(monitor='score', rule='greater')
+    stop.update(type='EarlyStoppingHook', patience=2, min_delta=0.0)
+    checkpoint = dict(type=saver, save_best='score', rule='greater', by_epoch=by_epoch)
+    if by_epoch:
+        loop = dict(by_epoch=True, max_epochs=12, val_interval=1)
+        checkpoint['interval'] = 1
+    else:
+        loop = dict(by_epoch=False, max_iters=40, val_interval=4)
+        checkpoint['interval'] = 2
+    settings = dict(REACTING, checkpoint=checkpoint, loop=loop)
+
+    def finish(folder, resume):
+        hooks = [*EXACT, stop]
+        runner, model = noisy_training(folder, hooks, resume=resume, **settings)
+        runner.train()
+        (stopper,) = (h for h in runner.hooks if isinstance(h, EarlyStoppingHook))
+        info = runner.message_hub.runtime_info
+        best = info['best_score'], Path(info['best_ckpt']).name
+        lr = runner.optim_wrapper.get_lr()['lr']
+        return runner.iter, lr, best, stopper.wait_count, stopper.best_score, model
+
+    *whole, model = finish(folder, False)
+    assert 12 < whole[0] < 40 and whole[1][0] < 0.05 and whole[3] == 2
+    names = sorted(path.name for path in folder.glob('[ei]*.pth'))
+    assert len(names) > 4
+    for name in names:
+        again = tmp_path / name
+        again.mkdir()
+        shutil.copy(folder / name, again)
+        (again / 'last_checkpoint').write_text(str(again / name))
+        disturb()
+        *rest, other = finish(again, True)
+        assert rest == whole, name
+        assert same(other, model), name
+        # The stock hook deletes what was the best one of the other training.
+        assert (folder / whole[2][1]).exists() or saver == 'CheckpointHook'
+
+
+def test_another_early_stopping_is_named(tmp_path, monkeypatch):
+    trained(tmp_path)
+    stop = dict(type='EarlyStoppingHook', monitor='score', rule='greater', patience=9)
+    runner, _ = noisy_training(tmp_path, [*EXACT, stop], resume=True)
+    seen = Warnings(runner, monkeypatch)
+    runner.train()
+    assert seen.about('not restored: EarlyStoppingHook')
+
+
+def test_a_checkpoint_without_optimizer_is_named(tmp_path, monkeypatch):
+    path = trained(tmp_path) / 'epoch_2.pth'
+    rewrite(path, lambda checkpoint: checkpoint.pop('optimizer'))
+    runner, _ = noisy_training(tmp_path, EXACT, resume=True)
+    seen = Warnings(runner, monkeypatch)
+    runner.train()
+    assert seen.about('the checkpoint has no optimizer, whose states begin anew')
+
+
+@pytest.mark.parametrize('position', [-1, 625, 10**9])
+def test_a_random_state_beyond_its_keys_is_refused(position):
+    state = random_state()
+    state['numpy']['position'] = position
+    with pytest.raises(ValueError, match='a position among them'):
+        set_random_state(state)
 
 
 @pytest.mark.parametrize('settings', [BY_EPOCH, BY_ITERATION], ids=['epoch', 'iter'])
@@ -273,30 +361,64 @@ def test_missing_weights_are_refused(tmp_path):
         runner.train()
 
 
-@pytest.mark.parametrize('damage', ['truncated', 'empty', 'missing', 'no name'])
+@pytest.mark.parametrize('damage', ['truncated', 'empty', 'changed', 'missing'])
+@pytest.mark.parametrize('hooks', [EXACT, []], ids=['exact', 'plain'])
 @pytest.mark.parametrize('other', [True, False])
-def test_a_damaged_checkpoint_is_named_with_a_good_one(tmp_path, damage, other):
+def test_a_damaged_checkpoint_is_named_with_a_good_one(tmp_path, damage, hooks, other):
     trained(tmp_path)
     last, good = tmp_path / 'epoch_2.pth', tmp_path / 'epoch_1.pth'
     data = last.read_bytes()
-    error = ValueError
-    if damage in ('truncated', 'empty'):
-        last.write_bytes(data[: len(data) // 2 if damage == 'truncated' else 0])
-        expected = 'is truncated, or not written by torch.save'
-    elif damage == 'missing':
+    error, expected = ValueError, 'is damaged, truncated, or not written by torch.save'
+    if damage == 'missing':
         last.unlink()
-        error, expected = FileNotFoundError, "epoch_2.pth' to resume from"
+        error, expected = FileNotFoundError, "no checkpoint .*epoch_2.pth' to load"
+    elif damage == 'changed':  # in the middle, which is numbers
+        middle = len(data) // 2
+        last.write_bytes(data[:middle] + b'12345678' + data[middle + 8 :])
     else:
-        (tmp_path / 'last_checkpoint').write_text('')
-        last.unlink()
-        error, expected = FileNotFoundError, "no checkpoint '' to resume from"
+        last.write_bytes(data[: len(data) // 2 if damage == 'truncated' else 0])
     if not other:
         good.unlink()
-    runner, _ = noisy_training(tmp_path, EXACT, resume=True)
+    runner, _ = noisy_training(tmp_path, hooks, resume=True)
     with pytest.raises(error, match=expected) as raised:
         runner.train()
-    advice = f'such as {good}' if other else f'no complete one in {tmp_path}'
+    advice = f'newest complete one there is {good}' if other else 'no other complete'
     assert advice in str(raised.value)
+
+
+@pytest.mark.parametrize('pointer', ['', None])
+@pytest.mark.parametrize('saver', ['exact', 'safe', 'safe, elsewhere'])
+def test_without_a_last_checkpoint_the_newest_complete_one_is_taken(
+    tmp_path, monkeypatch, pointer, saver
+):
+    folder, checkpoint = tmp_path / 'work', dict(type='CheckpointHook', interval=1)
+    hooks = EXACT if saver == 'exact' else []
+    if saver != 'exact':
+        checkpoint['type'] = 'SafeCheckpointHook'
+    files = folder
+    if saver == 'safe, elsewhere':
+        checkpoint['out_dir'] = str(tmp_path / 'out')
+        files = tmp_path / 'out' / 'work'
+    settings = dict(checkpoint=checkpoint, loop=dict(by_epoch=True, max_epochs=3))
+    runner, _ = noisy_training(folder, hooks, **settings)
+    runner.train()
+    (files / 'epoch_3.pth').write_bytes((files / 'epoch_3.pth').read_bytes()[:-99])
+    shutil.copy(files / 'epoch_1.pth', files / 'best_score_epoch_1.pth')
+    if pointer is None:
+        (folder / 'last_checkpoint').unlink()
+    else:
+        (folder / 'last_checkpoint').write_text(pointer)
+    runner, model = noisy_training(folder, hooks, resume=True, **settings)
+    seen = Warnings(runner, monkeypatch)
+    runner.train()
+    assert seen.about(f'going on from {files / "epoch_2.pth"}')
+    assert len(model.seen) == 4
+    for path in files.glob('*.pth'):
+        path.write_bytes(b'')
+    (folder / 'last_checkpoint').write_text('')
+    runner, _ = noisy_training(folder, hooks, resume=True, **settings)
+    with pytest.raises(ValueError, match='no checkpoint there is complete'):
+        runner.train()
 
 
 def test_no_checkpoint_yet_means_from_the_start(tmp_path):

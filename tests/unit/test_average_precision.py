@@ -17,6 +17,8 @@ from rambo_det.functional import (
     detection_ap_loss,
     detection_average_precision,
     rank,
+    recall_at_k,
+    recall_loss,
 )
 from tests.helpers import oracle
 
@@ -83,17 +85,25 @@ def test_average_precision_is_the_definition(problem, dtype, solver):
 
 
 ORACLES = {'together': oracle.ap_loss, 'singly': oracle.ap_loss_singly}
+WEIGHTINGS = [None, 'log', 'loglog']  # of recall; None is AP
 
 
-@settings(max_examples=1200, deadline=None)
+def loss_of(weighting):
+    return functools.partial(recall_loss, weighting=weighting) if weighting else ap_loss
+
+
+@settings(max_examples=2000, deadline=None)
 @given(
     problem=problems(),
     dtype=st.sampled_from(DTYPES),
     perturb=st.sampled_from(sorted(ORACLES)),
     to_the_top=st.booleans(),
     solver=st.sampled_from(SOLVERS),
+    weighting=st.sampled_from(WEIGHTINGS),
 )
-def test_loss_and_gradient_are_algorithm_1(problem, dtype, perturb, to_the_top, solver):
+def test_loss_and_gradient_are_algorithm_1(
+    problem, dtype, perturb, to_the_top, solver, weighting
+):
     scores, targets, mask, lambd = problem
     together = perturb == 'together'
     if to_the_top and not together:
@@ -102,7 +112,7 @@ def test_loss_and_gradient_are_algorithm_1(problem, dtype, perturb, to_the_top, 
     scores = scores.to(dtype).requires_grad_()
     # Incoming gradients that half precision holds exactly: they must only scale.
     incoming = torch.tensor([0.5, 2.0, -1.0])[: scores.size(0)]
-    losses = ap_loss(
+    losses = loss_of(weighting)(
         scores, targets, lambd=lambd, mask=mask, perturb=perturb, solver=solver
     )
     (losses * incoming.to(losses)).sum().backward()
@@ -110,8 +120,9 @@ def test_loss_and_gradient_are_algorithm_1(problem, dtype, perturb, to_the_top, 
     expected = torch.zeros(scores.shape, dtype=torch.float64)
     for r, at, values, flags in sequences(scores.detach().double(), targets, mask):
         tol = 1e-12 if exact else 1e-5
-        assume(not oracle.rounding_decides(values, flags, lambd, tol, together))
-        loss, gradient = ORACLES[perturb](values, flags, lambd)
+        args = values, flags, lambd
+        assume(not oracle.rounding_decides(*args, tol, together, None, weighting))
+        loss, gradient = ORACLES[perturb](*args, None, weighting)
         assert losses[r].item() == pytest.approx(loss, abs=1e-12 if exact else 1e-6)
         expected[r, at] = torch.tensor(gradient, dtype=torch.float64) * incoming[r]
     assert scores.grad.dtype == dtype
@@ -130,9 +141,10 @@ def test_loss_and_gradient_are_algorithm_1(problem, dtype, perturb, to_the_top, 
     spread=st.sampled_from([1.0, 1e-3, 1e6]),
     lambd=st.sampled_from([0.05, 1.0, 30.0]),
     solver=st.sampled_from(SOLVERS),
+    weighting=st.sampled_from(WEIGHTINGS),
 )
 def test_unit_gradient_form_equals_the_literal_composition(
-    seed, length, share, digits, spread, lambd, solver
+    seed, length, share, digits, spread, lambd, solver, weighting
 ):
     """The same loss composed from blackbox_rank, the positives' ranks constant.
 
@@ -147,11 +159,16 @@ def test_unit_gradient_form_equals_the_literal_composition(
     positive = torch.arange(length) >= length - number
     literal = scores.clone().requires_grad_()
     among = rank(scores[positive]).double()
-    precision = among / length / blackbox_rank(literal, lambd)[positive]
-    loss = 1 - precision.mean()
+    ranks = blackbox_rank(literal, lambd)[positive]
+    loss = 1 - (among / length / ranks).mean()
+    if weighting:
+        above = ranks * length - among
+        # Rounded, as ties between positives would be broken by rounding.
+        loss = (above + (above.round() - above).detach()).log1p()
+        loss = (loss.log1p() if weighting == 'loglog' else loss).mean()
     loss.backward()
     ours = scores[None].clone().requires_grad_()
-    result = ap_loss(ours, positive[None], lambd=lambd, solver=solver)
+    result = loss_of(weighting)(ours, positive[None], lambd=lambd, solver=solver)
     result.sum().backward()
     torch.testing.assert_close(result[0], loss.detach(), rtol=0, atol=1e-12)
     torch.testing.assert_close(ours.grad[0], literal.grad, rtol=1e-9, atol=1e-12)
@@ -181,11 +198,24 @@ def test_special_sequences(values, targets, loss, dtype, solver):
     assert torch.isfinite(scores.grad).all()
 
 
+@settings(max_examples=200)
+@given(problem=problems(), dtype=st.sampled_from(DTYPES), k=st.integers(1, 9))
+def test_recall_at_k_is_the_definition(problem, dtype, k):
+    scores, targets, mask, _ = problem
+    scores = scores.to(dtype)
+    result = recall_at_k(scores, targets, k, mask)
+    for r, _, values, flags in sequences(scores.double(), targets, mask):
+        ranks = [n for n, t in zip(oracle.ranks(values, flags), flags) if t]
+        expected = float(min(ranks) <= k) if ranks else math.nan
+        assert result[r].item() == pytest.approx(expected, nan_ok=True)
+
+
 @pytest.mark.parametrize('solver', SOLVERS)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('weighting', WEIGHTINGS)
 @pytest.mark.parametrize('perturb', sorted(ORACLES))
 @pytest.mark.parametrize('lambd', [1e-320, 1e-46, 1e-38, 1e38, 1e39, 1e300])
-def test_lambda_at_the_ends_of_floating_point(lambd, perturb, dtype, solver):
+def test_lambda_at_the_ends_of_floating_point(lambd, perturb, weighting, dtype, solver):
     """Nothing moves below the range of the type; above it, everything that can."""
     generator = torch.Generator().manual_seed(0)
     scores = torch.randn(3, 30, generator=generator).to(dtype)
@@ -193,8 +223,8 @@ def test_lambda_at_the_ends_of_floating_point(lambd, perturb, dtype, solver):
     # Those that are infinite stay, whatever finite number is added.
     scores[1, :5], scores[2, :5] = math.inf, -math.inf
     scores.requires_grad_()
-    kwargs = dict(perturb=perturb, solver=solver)
-    ap_loss(scores, targets, lambd=lambd, **kwargs).sum().backward()
+    loss = functools.partial(loss_of(weighting), perturb=perturb, solver=solver)
+    loss(scores, targets, lambd=lambd).sum().backward()
     assert torch.isfinite(scores.grad).all()
     grad = scores.grad.clone()
     if perturb == 'together':
@@ -204,7 +234,7 @@ def test_lambda_at_the_ends_of_floating_point(lambd, perturb, dtype, solver):
         assert not grad.any()
     else:
         scores.grad = None
-        ap_loss(scores, targets, lambd=math.inf, **kwargs).sum().backward()
+        loss(scores, targets, lambd=math.inf).sum().backward()
         assert torch.equal(grad[0], scores.grad[0])
     for values in (scores[0].detach(), torch.zeros(30, dtype=dtype)):
         leaf = values.clone().requires_grad_()
@@ -256,8 +286,9 @@ def test_margin_is_its_formula_bit_for_bit(margin, noise, dtype):
 
 
 @pytest.mark.parametrize('solver', SOLVERS)
+@pytest.mark.parametrize('weighting', [None, 'log'])
 @pytest.mark.parametrize('noise', [False, True])
-def test_loss_with_margin_is_the_loss_of_shifted_scores(noise, solver):
+def test_loss_with_margin_is_the_loss_of_shifted_scores(noise, weighting, solver):
     scores = torch.randn(2, 30, dtype=torch.float64)
     targets = torch.rand(2, 30) < 0.3
     mask = torch.rand(2, 30) < 0.8
@@ -265,8 +296,9 @@ def test_loss_with_margin_is_the_loss_of_shifted_scores(noise, solver):
     shifted = apply_margin(
         plain * mask, targets, 0.5, noise, torch.Generator().manual_seed(5)
     )
-    a = ap_loss(shifted, targets, lambd=2.0, mask=mask, solver=solver)
-    b = ap_loss(
+    loss = loss_of(weighting)
+    a = loss(shifted, targets, lambd=2.0, mask=mask, solver=solver)
+    b = loss(
         inside,
         targets,
         lambd=2.0,
@@ -464,7 +496,8 @@ NAN = torch.full((1, 2), math.nan)
 def test_bad_arguments(arguments, error, match):
     scores, targets, *mask = arguments
     kwargs = dict(mask=mask[0]) if mask else {}
-    for function in (average_precision, functools.partial(ap_loss, lambd=1.0)):
+    losses = [functools.partial(of, lambd=1.0) for of in (ap_loss, recall_loss)]
+    for function in (average_precision, functools.partial(recall_at_k, k=1), *losses):
         with pytest.raises(error, match=match):
             function(scores, targets, **kwargs)
 
@@ -482,6 +515,8 @@ def test_bad_arguments(arguments, error, match):
 def test_bad_settings(kwargs, match):
     with pytest.raises(ValueError, match=match):
         ap_loss(torch.ones(1, 3), torch.ones(1, 3), **kwargs)
+    with pytest.raises(ValueError, match=match.replace('ap_loss', 'recall_loss')):
+        recall_loss(torch.ones(1, 3), torch.ones(1, 3), **kwargs)
 
 
 @pytest.mark.parametrize('perturb', sorted(ORACLES))

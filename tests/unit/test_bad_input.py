@@ -20,6 +20,7 @@ from rambo_det import (
     InvalidLossHook,
     RaMBOLoss,
     RaMBOMonitorHook,
+    RaMBORetrievalLoss,
     RaMBOScheduleHook,
     SafeCheckpointHook,
 )
@@ -230,10 +231,42 @@ InvalidLossHook(None)
     ValueError: interval must be … got None
 SafeCheckpointHook(backend_args=dict(backend='petrel'))
     ValueError: backend_args must be None, … got …'petrel'… CheckpointHook for other
+RaMBORetrievalLoss(metric='map')
+    ValueError: RaMBORetrievalLoss: metric must be one of ('recall', 'ap'), got 'map'
+RaMBORetrievalLoss(similarity='dot')
+    ValueError: similarity must be one of ('cosine', 'euclidean'), got 'dot'
+RaMBORetrievalLoss(weighting='sqrt')
+    ValueError: weighting must be one of ('log', 'loglog'), got 'sqrt'
+RaMBORetrievalLoss(gather=None)
+    ValueError: gather must be one of (True, False), got None
+RaMBORetrievalLoss(perturb='together')
+    ValueError: lambd must be a finite positive number with perturb='together', got inf
+RaMBORetrievalLoss(margin=-0.1)
+    ValueError: RaMBORetrievalLoss: margin must be a finite non-negative number, got
+RaMBORetrievalLoss(memory=0.5)
+    ValueError: RaMBORetrievalLoss: memory must be a number of steps >= 0, got 0.5
+RaMBORetrievalLoss(hard_mining=True)
+    TypeError: unexpected keyword argument 'hard_mining'. A config that inherits
+RaMBORetrievalLoss()(torch.zeros(4, 3), [0, 1, 2, 3])
+    TypeError: RaMBORetrievalLoss: labels must hold integer labels, got list
+RaMBORetrievalLoss()(torch.zeros(4, 3), torch.arange(3))
+    ValueError: labels must have shape (4,), one value per row of feats (4, 3), got (3,)
+RaMBORetrievalLoss()([[1.0]], torch.arange(1))
+    TypeError: feats must be a tensor of embeddings, got list
+RaMBORetrievalLoss()(torch.zeros(4, 3).long(), LABELS)
+    TypeError: feats must be floating point, got torch.int64
+RaMBORetrievalLoss()(torch.zeros(4), LABELS)
+    ValueError: feats must have shape (N, D), got (4,)
+RaMBORetrievalLoss()(torch.zeros(4, 1), LABELS)
+    ValueError: feats has one column, … use similarity='euclidean' or more out_channels
+RaMBORetrievalLoss()(torch.full((4, 2), NAN), LABELS)
+    ValueError: feats contains NaN or infinity in 4 of 4 rows: training has diverged
+RaMBORetrievalLoss(memory=1).set_extra_state(dict(steps=3))
+    ValueError: RaMBORetrievalLoss: the memory in the checkpoint must be … got dict
 RaMBOLoss(class_ap=dict(span='memory')).set_extra_state(dict(steps=3))
     ValueError: the memory in the checkpoint must be … got dict(steps=3); remove the
-rambo_det.checkpoint._getattr(pickle, 'loads')
-    TypeError: refusing to load getattr… from a checkpoint
+rambo_det.safe_pickle._getattr(pickle, 'loads')
+    UnpicklingError: refusing to load getattr…'loads'
 """
 LINES = [line for line in CASES.splitlines() if line]
 NAMES = {
@@ -244,6 +277,7 @@ NAMES = {
     **dict(RaMBOMonitorHook=RaMBOMonitorHook, SafeCheckpointHook=SafeCheckpointHook),
     **dict(InvalidLossHook=InvalidLossHook, INF=float('inf')),
     'LABELS': torch.arange(4),
+    'RaMBORetrievalLoss': RaMBORetrievalLoss,
 }
 
 

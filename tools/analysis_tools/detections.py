@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import mmengine
 import numpy as np
 from mmdet.evaluation.functional.mean_ap import (
     average_precision,
@@ -21,6 +20,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from rambo_det.own_data import follow_own_data
+from rambo_det.safe_pickle import load_predictions
 
 HIT, MISS, IGNORED = 1, -1, 0
 _COLUMNS = dict(bboxes='boxes', scores='scores', labels='labels')
@@ -138,6 +138,16 @@ def scored(run: Run, threshold: float) -> Run:
     return replace(run, detections=detections)
 
 
+def scores_by_box(run: Run) -> dict[tuple, float]:
+    """Return the score of each detection by the index of its image, class and box."""
+    return {
+        (image, label, *row[:4]): row[4]
+        for image, parts in enumerate(run.detections)
+        for label, rows in enumerate(parts)
+        for row in rows.tolist()
+    }
+
+
 def best_f1(run: Run, half: float = 0.5) -> tuple[float, float, float]:
     """Return the best F1, the score from which on it is reached, and F1 from half on.
 
@@ -244,7 +254,7 @@ def _per_class(instances: dict, classes: int) -> list[np.ndarray]:
 def _predictions(path: str | Path) -> dict[str, dict]:
     """Read what was predicted for each image, by image id."""
     if Path(path).suffix != '.npz':
-        found = mmengine.load(str(path))
+        found = load_predictions(path)
         return {str(sample['img_id']): sample['pred_instances'] for sample in found}
     with np.load(path) as stored:
         arrays = dict(stored)

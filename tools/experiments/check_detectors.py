@@ -58,12 +58,12 @@ START, END = 5, 10  # steps whose mean AP is that of the start and of the end
 def configs() -> list[Path]:
     """Return the shipped configs that train with RaMBO.
 
-    Not those in own_data, nor for fine-tuning, which repeat detectors.
+    Not those in own_data, nor for fine-tuning, which repeat detectors, nor retrieval.
     """
     return sorted(
         path
         for path in CONFIGS.glob('*/*.py')
-        if path.parent.name not in ('_base_', 'own_data')
+        if path.parent.name not in ('_base_', 'own_data', 'reid')
         and 'rambo' in path.stem
         and 'finetune' not in path.stem
     )
@@ -158,7 +158,6 @@ def _run(cfg: Any, work_dir: Path) -> tuple[Any, Any]:
 def _train(path: Path, data: Path, work_dir: Path, steps: int) -> dict[str, Any]:
     """Train, evaluate, save and resume; return what was found."""
     from rambo_det import RaMBOLoss
-    from rambo_det.checkpoint import allow_mmengine_checkpoints
 
     cfg = _load(path, data, steps)
     runner, record = _run(cfg, work_dir)
@@ -183,8 +182,6 @@ def _train(path: Path, data: Path, work_dir: Path, steps: int) -> dict[str, Any]
     )
 
     finished = _state(runner)
-    # mmengine's fork takes back what it allowed itself after every load.
-    allow_mmengine_checkpoints()
     more = cfg.copy()
     more.train_cfg = dict(cfg.train_cfg, max_iters=steps + 2, val_interval=1000)
     more.resume, more.load_from = True, str(work_dir / f'iter_{steps}.pth')

@@ -101,15 +101,15 @@ def read_rows(path: Path) -> list[Row]:
     )
 
 
-def add_rows(path: Path, rows: Iterable[Row]) -> None:
+def add_rows(path: Path, rows: Iterable[Row], names: Sequence[str] = KEY) -> None:
     """Put rows in the places of those with the same names, at once or not at all.
 
     Other processes may do the same at the same time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with alone_in(path.parent):
-        found = {tuple(row[key] for key in KEY): row for row in read_rows(path)}
-        found.update({tuple(row[key] for key in KEY): row for row in rows})
+        found = {tuple(row[key] for key in names): row for row in read_rows(path)}
+        found.update({tuple(row[key] for key in names): row for row in rows})
         lines = [f'  {json.dumps(found[key])}' for key in sorted(found)]
         with atomic_file(path) as draft:
             text = '{"runs": [\n' + ',\n'.join(lines) + '\n]}\n'

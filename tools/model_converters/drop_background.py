@@ -60,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('out', type=Path)
     parser.add_argument('--num-classes', type=int, help='default: what the file says')
     args = parser.parse_args(argv)
-    import rambo_det  # noqa: F401 - lets torch.load read mmengine's checkpoints
+    from rambo_det.checkpoint import load_checkpoint
 
-    checkpoint = torch.load(args.checkpoint, map_location='cpu', weights_only=True)
+    checkpoint = load_checkpoint(args.checkpoint, 'cpu')
     meta = checkpoint.get('meta', {}).get('dataset_meta') or {}
     classes = args.num_classes or len(meta.get('classes', meta.get('CLASSES', ())))
     if not classes:

@@ -26,7 +26,7 @@ model = dict(
     ),
     train_cfg=dict(
         rpn_proposal=dict(nms_pre=500, max_per_img=250),
-        rcnn=dict(sampler=dict(num=128)),
+        rcnn=dict(sampler=dict(num=512)),  # more than there are: none is left out
     ),
     test_cfg=dict(
         rpn=dict(nms_pre=500, max_per_img=250),

@@ -1,0 +1,3 @@
+_base_ = '../_base_/reid_omniglot.py'
+
+model = dict(head=dict(loss_triplet=dict(type='RaMBORetrievalLoss')))
