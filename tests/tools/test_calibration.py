@@ -1,7 +1,5 @@
 """Calibration: its measures, its fits, and detectors whose last layer is changed."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -12,9 +10,10 @@ from scipy.special import expit, softmax
 from torch import nn
 
 from tests.helpers.demo_configs import CE, RAMBO
+from tests.helpers.random_detector import random_state
 from tests.helpers.random_runs import boxes_run, random_run
 from tools.analysis_tools import calibrate, calibration, classifier
-from tools.analysis_tools.detections import HIT, IGNORED
+from tools.analysis_tools.detections import HIT, IGNORED, scores_by_box
 from tools.common.shrink_config import shrink
 from tools.dataset_tools import make_demo_voc
 
@@ -155,18 +154,6 @@ def config(data, monkeypatch):
     return load
 
 
-def random_state(cfg):
-    """The parameters of a detector that nobody has trained."""
-    torch.manual_seed(0)
-    model = classifier.MODELS.build(copy.deepcopy(cfg.model))
-    model.init_weights()
-    state = model.state_dict()
-    for name in classifier.find_classifier(model).layers:
-        weight = state[f'{name}.weight']
-        weight *= 0.3 / weight.std()  # so that scores differ
-    return state
-
-
 VOC = RAMBO.parents[1] / 'pascal_voc'
 
 
@@ -188,15 +175,7 @@ def test_detectors_keep_their_order_and_get_the_fitted_scores(config, path):
     assert {name: state[name].shape for name in found.state} == {
         name: value.shape for name, value in found.state.items()
     }
-    before, after = (
-        {
-            (image, label, *row[:4]): row[4]
-            for image, parts in enumerate(run.detections)
-            for label, rows in enumerate(parts)
-            for row in rows.tolist()
-        }
-        for run in (found.before, found.after)
-    )
+    before, after = map(scores_by_box, (found.before, found.after))
     both = sorted(before.keys() & after.keys())
     assert len(both) > 0.9 * len(before)
     labels = np.array([key[1] for key in both])

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests import ROOT
 from tools.analysis_tools import benchmark_report
 
@@ -15,3 +17,13 @@ def test_benchmark_page_shows_what_the_file_holds():
     assert shown == benchmark_report.text(report)
     assert report['targets'] == benchmark_report.check_targets(report)
     assert not report['quick']
+
+
+def test_calibration_page_shows_what_the_file_holds():
+    pytest.importorskip('mmdet', reason='the tool needs mmdet')
+    from tools.experiments import calibrations
+
+    page = (ROOT / 'docs' / 'calibration.md').read_text(encoding='utf-8')
+    start, end = calibrations.MARKS
+    shown = page.split(start)[1].split(end)[0].strip()
+    assert shown == calibrations.table(json.loads(calibrations.OUT.read_text()))

@@ -55,7 +55,13 @@ from tools.analysis_tools.classifier import (
     load_config,
     without_limits,
 )
-from tools.analysis_tools.detections import IGNORED, Run, best_f1, scored
+from tools.analysis_tools.detections import (
+    IGNORED,
+    Run,
+    best_f1,
+    scored,
+    scores_by_box,
+)
 from tools.common.atomic_file import atomic_file
 from tools.common.markdown_table import markdown_table
 
@@ -102,12 +108,9 @@ def _logit(scores: np.ndarray) -> np.ndarray:
 
 def _check_same_map(before: Run, soft: Run, head: str) -> None:
     """Raise if dividing the logits has done anything else to the scores."""
-    pairs = []
-    for images in zip(before.detections, soft.detections):
-        for rows, others in zip(*images):
-            places = {tuple(row[:4]): row[4] for row in others}
-            pairs += [(r[4], places.get(tuple(r[:4]), np.nan)) for r in rows]
-    scores, others = np.array(pairs or np.zeros((0, 2)), dtype=np.float32).T
+    old, new = scores_by_box(before), scores_by_box(soft)
+    scores = np.array([*old.values()])
+    others = np.array([new.get(key, np.nan) for key in old])
     sure = (scores > 1e-4) & (scores < 1 - 1e-4)
     off = abs(_logit(scores[sure]) - SOFTENED * _logit(others[sure]))
     wrong = ~(off < 0.02)

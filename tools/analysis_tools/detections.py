@@ -139,6 +139,16 @@ def scored(run: Run, threshold: float) -> Run:
     return replace(run, detections=detections)
 
 
+def scores_by_box(run: Run) -> dict[tuple, float]:
+    """Return the score of each detection by the index of its image, class and box."""
+    return {
+        (image, label, *row[:4]): row[4]
+        for image, parts in enumerate(run.detections)
+        for label, rows in enumerate(parts)
+        for row in rows.tolist()
+    }
+
+
 def best_f1(run: Run, half: float = 0.5) -> tuple[float, float, float]:
     """Return the best F1, the score from which on it is reached, and F1 from half on.
 

@@ -67,7 +67,7 @@ START, END = 5, 10  # steps whose mean AP is that of the start and of the end
 def configs() -> list[Path]:
     """Return the shipped configs that train with RaMBO.
 
-    Not those in own_data, nor for fine-tuning, which repeat detectors.
+    Not those in own_data, nor for fine-tuning, which repeat detectors, nor retrieval.
     """
     return sorted(
         path

@@ -7,7 +7,7 @@ Beside OUT.pth it writes OUT.py, a config that needs nothing of rambo_det. Modes
 
 - sigmoid: the parameters as they are. A RoI head gets CrossEntropyCustomLoss, mmdet's
   loss whose columns have a sigmoid each; dense heads and queries get FocalLoss. Scores
-  and boxes are the same. The default.
+  and boxes are the same; to train on, choose a loss. The default.
 - softmax-order: a RoI head with mmdet's usual C + 1 columns. The background's logit is
   constant and far above the others, so that the softmax of class c is nearly exp(z - b)
   and detections are in the same order. The scores are tiny; score_thr becomes 0.
@@ -15,8 +15,9 @@ Beside OUT.pth it writes OUT.py, a config that needs nothing of rambo_det. Modes
   its sigmoid where no other class is likely, and less elsewhere; the order may change.
 
 A classifier that has a background column (scores='log_softmax') is stock mmdet's
-already, in every mode. --check DIR tests both with mmdet's own tools/test.py, the stock
-one in a process that cannot import rambo_det, and compares AP and scores.
+already, in every mode. --check DIR tests both with mmdet's own tools/test.py at any
+score, the stock one in a process that cannot import rambo_det, and compares AP and
+scores.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from tools.analysis_tools.classifier import (
     load_checkpoint,
     load_config,
 )
-from tools.analysis_tools.detections import load_run
+from tools.analysis_tools.detections import load_run, scores_by_box
 from tools.common.atomic_file import atomic_file
 from tools.common.mmdet_script import find_mmdet_script
 
@@ -106,12 +107,10 @@ def stock_config(cfg: Config, softmax: bool, any_score: bool) -> Config:
             _stock_head(head, softmax and part is not model.get('rpn_head'), dense)
     if any_score:
         model['test_cfg']['rcnn']['score_thr'] = 0.0
-    for name in ('custom_imports', 'custom_hooks', 'runner_type', 'own_data'):
-        found.pop(name, None)
     hooks = found.get('default_hooks') or {}
     found['default_hooks'] = {k: v for k, v in hooks.items() if not _ours(v, HOOKS)}
     found.update(load_from=None, resume=False)
-    # What a base config leaves beside them, like the settings of a loss.
+    # No imports and hooks of ours, nor what a base leaves, like settings of a loss.
     known = ('model', 'default_', 'env_', 'vis', 'log_', 'load_from', 'resume')
     known += ('train_', 'val_', 'test_', 'optim_', 'param_', 'auto_', 'randomness')
     return Config({k: v for k, v in found.items() if k.startswith(known)})
@@ -153,7 +152,9 @@ def convert(cfg: Config, content: dict[str, Any], mode: str) -> tuple[Config, di
 def _test(script: Sequence[str], config: Path, checkpoint: Path, folder: Path) -> Any:
     dump = folder / 'detections.pkl'
     command = [sys.executable, '-W', 'ignore', *script, str(config), str(checkpoint)]
-    command += ['--work-dir', str(folder), '--out', str(dump)]
+    command += ['--work-dir', str(folder), '--out', str(dump), '--cfg-options']
+    part = 'rcnn.' if 'roi_head' in Config.fromfile(config).model else ''
+    command.append(f'model.test_cfg.{part}score_thr=0.0')  # the scales differ
     print(f'testing {checkpoint} …', flush=True)
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     if done.returncode:
@@ -174,15 +175,7 @@ def check(config: Path, checkpoint: Path, out: Path, folder: Path) -> dict[str, 
         _test([str(ours)], config, checkpoint, folder / 'ours'),
         _test(['-c', _STOCK, *theirs], out.with_suffix('.py'), out, folder / 'stock'),
     ]
-    scores = [
-        {
-            (image, label, *row[:4]): row[4]
-            for image, parts in enumerate(run.detections)
-            for label, rows in enumerate(parts)
-            for row in rows.tolist()
-        }
-        for run in runs
-    ]
+    scores = [scores_by_box(run) for run in runs]
     off = [abs(scores[0][key] - scores[1][key]) for key in scores[0].keys() & scores[1]]
     return dict(
         before=100 * runs[0].mean_ap,
