@@ -59,6 +59,14 @@ CALLS = {
         ('text', TEXT),
         ('other.json', 'expected the JSON of benchmark_loss'),
     ],
+    'analysis_tools/calibrate': [
+        (f'{CONFIG} gone --ann-file a --out new', GONE),
+        (f'{CONFIG} folder --ann-file a --out new', FOLDER),
+        ('text text --ann-file a --out new', NO_CONFIG),
+        (f'{CONFIG} text --ann-file a --out new', 'text.* is damaged'),
+        (f'{CONFIG} text --ann-file a --out text/in', NO_OUT),
+        (f'{CONFIG} text --ann-file a --out text', 'is CHECKPOINT; name another file'),
+    ],
     'analysis_tools/error_kinds': [
         ('', 'expected pairs CONFIG PREDICTIONS'),
         ('gone gone', NO_CONFIG),
@@ -112,6 +120,13 @@ CALLS = {
         ('text text --out new', 'not a zip file'),
         ('text text --out text/in', NO_OUT),
     ],
+    'model_converters/to_stock': [
+        (f'{CONFIG} gone new.pth', GONE),
+        ('text text new.pth', NO_CONFIG),
+        (f'{CONFIG} text new.pth', 'text.* is damaged'),
+        (f'{CONFIG} text new', 'OUT must end in .pth, got new'),
+        (f'{CONFIG} text text/in.pth', NO_OUT),
+    ],
     'model_converters/drop_background': [
         ('gone new', GONE),
         ('empty new', EMPTY),
@@ -125,6 +140,12 @@ CALLS = {
     'dev/draw_readme': [('--out text/in', NO_OUT), ('--update text', NO_MARKS)],
     'dev/setup_env': [('--stack other', 'invalid choice')],
     'dev/write_metafile': [('more', 'unrecognized arguments: more')],
+    'experiments/calibrations': [
+        ('', 'expected either WORK_DIR and --ann-file'),
+        ('folder --ann-file a', 'expected the work dir of a training'),
+        ('--table-only --out text', 'text'),
+        ('--table-only --update text', NO_MARKS),
+    ],
     'experiments/check_detectors': [
         ('--only nothing', 'no shipped config has such a name'),
         ('--out text', 'text: expected results'),

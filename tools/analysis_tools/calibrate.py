@@ -64,6 +64,12 @@ from tools.analysis_tools.detections import (
 )
 from tools.common.atomic_file import atomic_file
 from tools.common.markdown_table import markdown_table
+from tools.common.wrong_calls import (
+    Parser,
+    readable_file,
+    writable_file,
+    writable_folder,
+)
 
 LEAST, FEW = 10, 20
 # While detections are collected, logits are divided by it: in float32 the sigmoids of
@@ -332,29 +338,31 @@ def on_list(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('config')
-    parser.add_argument('checkpoint')
+    parser.add_argument('checkpoint', type=readable_file)
     parser.add_argument('--ann-file', required=True, help='relative to the data root')
     parser.add_argument('--indices', type=int, help='so many of it; from its end if <0')
-    parser.add_argument('--out', type=Path, required=True, help='the new checkpoint')
+    parser.add_argument(
+        '--out', type=writable_file, required=True, help='the new checkpoint'
+    )
     parser.add_argument('--iou', type=float, default=0.5)
     parser.add_argument('--allow-test-list', action='store_true')
-    parser.add_argument('--pictures', type=Path, help='folder of a reliability diagram')
+    parser.add_argument(
+        '--pictures', type=writable_folder, help='folder of a reliability diagram'
+    )
     parser.add_argument('--per-class', action='store_true', help='a diagram of each')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={})
     args = parser.parse_args(argv)
-    if args.out.resolve() == Path(args.checkpoint).resolve():
+    if args.out.resolve() == args.checkpoint.resolve():
         parser.error(f'--out {args.out} is CHECKPOINT; name another file')
-    try:
+    with parser.refusing():
         cfg = load_config(args.config, args.cfg_options)
         content = load_checkpoint(args.checkpoint, cfg)
         cfg = on_list(cfg, args.ann_file, args.indices, args.allow_test_list)
         found = calibrate(cfg, content['state_dict'], args.iou)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f'calibrate: {error}')
     state = {**content['state_dict'], **found.state}
     record = dict(found.record(), ann_file=args.ann_file)
     meta = dict(content.get('meta', {}), calibration=record)

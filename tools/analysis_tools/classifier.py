@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tools.analysis_tools.detections import Run, make_run
+from tools.common.wrong_calls import read_config
 
 # What mmdet's heads call their last layer.
 LAYERS = re.compile(
@@ -135,7 +136,7 @@ def load_config(path: str | Path, options: dict[str, Any] | None = None) -> Conf
     """Read a config with options, ready to build from."""
     from rambo_det.own_data import follow_own_data
 
-    cfg = Config.fromfile(path)
+    cfg = read_config(path)
     cfg.merge_from_dict(options or {})
     register_all_modules()
     return follow_own_data(cfg)

@@ -35,6 +35,7 @@ from tools.analysis_tools.classifier import (
 from tools.analysis_tools.detections import best_f1
 from tools.common.atomic_file import atomic_file
 from tools.common.markdown_table import markdown_table, split_page, update_page
+from tools.common.wrong_calls import Parser, readable_file, reading, writable_file
 from tools.experiments import matmul_roi_align
 
 OUT = ROOT / 'docs' / 'results' / 'calibration.json'
@@ -98,22 +99,25 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('folders', nargs='*', type=Path, metavar='WORK_DIR')
     parser.add_argument('--ann-file')
     parser.add_argument('--indices', type=int)
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={})
-    parser.add_argument('--out', type=Path, default=OUT)
+    parser.add_argument('--out', type=writable_file, default=OUT)
     parser.add_argument('--table-only', action='store_true')
-    parser.add_argument('--update', type=Path, metavar='PAGE.md')
+    parser.add_argument('--update', type=readable_file, metavar='PAGE.md')
     args = parser.parse_args(argv)
     if bool(args.folders) == args.table_only or (args.folders and not args.ann_file):
         parser.error('expected either WORK_DIR and --ann-file, or --table-only')
-    rows = json.loads(args.out.read_text()) if args.out.is_file() else []
     matmul_roi_align.install()
-    try:
+    with parser.refusing():
+        rows = []
+        if args.out.is_file():
+            with reading(args.out, 'the rows of this tool'):
+                rows = json.loads(args.out.read_text(encoding='utf-8'))
         if args.update:  # not only after minutes
             split_page(args.update, *MARKS)
         for folder in args.folders:
@@ -126,8 +130,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(table(rows))
         if args.update:
             update_page(args.update, *MARKS, table(rows))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f'calibrations: {error}')
 
 
 if __name__ == '__main__':

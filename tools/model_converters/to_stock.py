@@ -48,6 +48,12 @@ from tools.analysis_tools.classifier import (
 from tools.analysis_tools.detections import load_run, scores_by_box
 from tools.common.atomic_file import atomic_file
 from tools.common.mmdet_script import find_mmdet_script
+from tools.common.wrong_calls import (
+    Parser,
+    readable_file,
+    writable_file,
+    writable_folder,
+)
 
 MODES = ('sigmoid', 'softmax-order', 'softmax')
 # Logits up to HIGHEST keep their order: float32 knows exp(-87) and 2**-24 = exp(-17).
@@ -188,18 +194,22 @@ def check(config: Path, checkpoint: Path, out: Path, folder: Path) -> dict[str, 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('config', type=Path)
-    parser.add_argument('checkpoint', type=Path)
-    parser.add_argument('out', type=Path, help='the checkpoint; OUT.py is its config')
+    parser.add_argument('checkpoint', type=readable_file)
+    parser.add_argument(
+        'out', type=writable_file, help='the checkpoint; OUT.py is its config'
+    )
     parser.add_argument('--mode', choices=MODES, default=MODES[0])
-    parser.add_argument('--check', type=Path, metavar='DIR', help='test both there')
+    parser.add_argument(
+        '--check', type=writable_folder, metavar='DIR', help='test both there'
+    )
     args = parser.parse_args(argv)
     if args.out.suffix != '.pth':
         parser.error(f'OUT must end in .pth, got {args.out}')
-    try:
+    with parser.refusing():
         cfg = load_config(args.config)
         content = load_checkpoint(args.checkpoint, cfg)
         stock, state = convert(cfg, content, args.mode)
@@ -215,8 +225,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float] | None:
         if not args.check:
             return None
         found = check(args.config, args.checkpoint, args.out, args.check)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f'to_stock: {error}')
     print(json.dumps(found, indent=1))
     return found
 
