@@ -2,7 +2,5 @@
 _base_ = '../_base_/reid_omniglot.py'
 
 model = dict(
-    head=dict(
-        type='LinearReIDHead', loss_triplet=dict(type='TripletLoss', margin=0.3)
-    )
+    head=dict(type='LinearReIDHead', loss_triplet=dict(type='TripletLoss', margin=0.3))
 )
