@@ -75,8 +75,8 @@ def _settings(rate: str, margin: float, memory: int | None = None) -> list[str]:
 # For each loss what is tried. Each one sets all that is tuned.
 GRID = {
     'triplet': {
-        'lr1-m0.2': _settings('1e-3', 0.2),
-        'lr3-m0.3': _settings('3e-3', 0.3),
+        'lr1-m0.2': [*_settings('1e-3', 0.2), f'{_HEAD}.type=UnitReIDHead'],
+        'lr3-m0.3': [*_settings('3e-3', 0.3), f'{_HEAD}.type=UnitReIDHead'],
         'linear': [*_settings('3e-3', 0.3), f'{_HEAD}.type=LinearReIDHead'],
     },
     'ce': {
@@ -98,7 +98,6 @@ GRID = {
         'lr3-m0.2-t0': _settings('3e-3', 0.2, 0),
         'lr3-m0.4-t0': _settings('3e-3', 0.4, 0),
     },
-    'rambo-paper': {'l4': [f'{_LOSS}.lambd=4.0']},
 }
 NOTE = (
     'In percent; mean ± standard deviation over seeds. Δ: the mean difference of R@1 '
@@ -201,7 +200,7 @@ def run(args: argparse.Namespace) -> None:
             if not args.tune:
                 todo.append((path, (data, model, loss, seed), []))
                 continue
-            for name, options in GRID[loss].items():
+            for name, options in GRID.get(loss, {}).items():
                 key = (f'{data}-tuning', model, f'{loss}-{name}', seed)
                 todo.append((path, key, [*TUNING, *options]))
     for path, key, options in todo:
