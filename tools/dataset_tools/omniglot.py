@@ -14,9 +14,13 @@ choose settings by.
 from __future__ import annotations
 
 import argparse
+import sys
 import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Sequence
+
+if not __package__:  # run as a script: its modules are those of the checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from PIL import Image
 from tqdm import tqdm
