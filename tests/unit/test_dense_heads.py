@@ -112,14 +112,14 @@ def test_a_dense_head_is_one_direct_call(name):
     losses = head.loss_by_feat(scores, *rest, *truth(data))
     gradients = torch.autograd.grad(losses['loss_cls'], scores)
 
-    instances, metas, _ = truth(data)
+    instances, metas, ignored = truth(data)
     sizes, labels = [s.shape[-2:] for s in scores], []
     # One image at a time: then the stock head's targets have no images to mix.
     for image in (0, 1):
         if name == 'RetinaHead':
             anchors, valid = head.get_anchors(sizes, metas[image : image + 1], 'cpu')
             given = anchors, valid, instances[image : image + 1], metas[image:][:1]
-            found, weights, *_ = head.get_targets(*given, None)
+            found, weights, *_ = head.get_targets(*given, ignored[image:][:1])
             found = [own.masked_fill(w == 0, -1) for own, w in zip(found, weights)]
             labels.append(torch.cat([level[0] for level in found]))
         else:
