@@ -264,7 +264,7 @@ def test_missing_weights_tell_of_the_network_and_of_the_variable(
     with pytest.raises(FileNotFoundError) as caught:
         module(**backbone).init_weights()
     text = str(caught.value)
-    assert ('gone.pth can not be found' if given else 'service not known') in text
+    assert ("gone.pth' to load" if given else 'service not known') in text
     assert f'{variable}=FILE' in text and f'{address}.pth' in text
     assert 'init_cfg.checkpoint=FILE' in text
 
