@@ -146,6 +146,7 @@ def plain(name, head):
     bbox_head = model.bbox_head if 'bbox_head' in model else model.roi_head.bbox_head
     scores = bbox_head.loss_cls.get('scores', 'logits')
     bbox_head.type = head
+    bbox_head.pop('box_avg', None)  # of the training alone
     if scores == 'logits':
         bbox_head.loss_cls = dict(type='FocalLoss', use_sigmoid=True)
     else:

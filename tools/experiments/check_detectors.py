@@ -74,7 +74,7 @@ def configs() -> list[Path]:
         for path in CONFIGS.glob('*/*.py')
         if path.parent.name not in ('_base_', 'own_data', 'reid')
         and 'rambo' in path.stem
-        and 'finetune' not in path.stem
+        and not any(part in path.stem for part in ('finetune', 'before'))
     )
 
 
