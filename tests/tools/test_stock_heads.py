@@ -193,7 +193,7 @@ def test_the_command_writes_the_table(tmp_path, capsys):
     lines = [f'| `{name}` {ROWS[name]}' for name in ('PAAHead', 'AnchorFreeHead')]
     assert page.read_text().splitlines()[-5:-2] == ['| --- | --- | --- | --- |', *lines]
     assert lines[0] in capsys.readouterr().out.splitlines()
-    page.write_text('')
+    page.write_text('no marks')
     with pytest.raises(SystemExit):
         main(['--only', 'PAAHead', '--update', str(page)])
     assert '<!-- stock heads -->' in capsys.readouterr().err
