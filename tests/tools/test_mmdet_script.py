@@ -130,6 +130,7 @@ def test_a_forgotten_import_is_asked_for(tmp_path):
     config = tmp_path / 'forgotten.py'
     config.write_text(
         f'_base_ = {str(CE)!r}\n'
+        "custom_imports = dict(_delete_=True, imports=['json'])\n"
         'model = dict(roi_head=dict(bbox_head=dict(\n'
         "    type='RaMBOShared2FCBBoxHead',\n"
         "    loss_cls=dict(_delete_=True, type='RaMBOLoss'))))\n"
@@ -146,7 +147,9 @@ def test_a_forgotten_import_is_asked_for(tmp_path):
 
 
 def test_nothing_of_the_package_asks_for_no_import():
-    assert forgotten_import(Config.fromfile(CE), rambo_det.__all__) is None
+    stock = "_base_ = 'mmdet::pascal_voc/faster-rcnn_r50_fpn_1x_voc0712.py'"
+    cfg = Config.fromstring(stock, '.py')
+    assert forgotten_import(cfg, rambo_det.__all__) is None
 
 
 @pytest.mark.slow
