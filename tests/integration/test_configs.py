@@ -355,7 +355,7 @@ def test_omniglot_configs_differ_in_the_loss_alone():
     names = [name for name in REID if name.endswith('omniglot.py')]
     for name in names:
         found = differences(load(names[0]), load(name))
-        loss = {f'model.head.{key}' for key in ('loss_cls', 'num_classes')}
+        loss = {f'model.head.{key}' for key in ('type', 'loss_cls', 'num_classes')}
         assert {path.split('.loss_triplet')[0] for path in found} <= {
             *loss,
             'model.head',

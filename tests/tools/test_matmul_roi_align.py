@@ -40,12 +40,14 @@ def test_pools_and_differentiates_as_mmcv(count, samples, aligned):
         torch.testing.assert_close(*gradients[::-1], rtol=1e-5, atol=1e-5)
 
 
-def test_installed_it_serves_the_layers(monkeypatch):
-    monkeypatch.setattr(matmul_roi_align._MODULE, 'roi_align', None)
+def test_installed_it_serves_the_layers_and_then_mmcv_again(monkeypatch):
+    module = matmul_roi_align._MODULE
+    monkeypatch.setattr(module, 'roi_align', None)
     monkeypatch.setattr(mmcv.ops, 'roi_align', None)
-    matmul_roi_align.install()
     features, rois = torch.randn(1, 2, 6, 6), random_rois(5, images=1, extent=6.0)
     for mode in ('avg', 'max'):
-        found = RoIAlign(3, 1.0, pool_mode=mode)(features, rois)
+        with matmul_roi_align.installed():
+            found = RoIAlign(3, 1.0, pool_mode=mode)(features, rois)
+        assert module.roi_align is mmcv.ops.roi_align is None
         expected = mmcv_roi_align(features, rois, (3, 3), 1.0, 0, mode)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -112,8 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if bool(args.folders) == args.table_only or (args.folders and not args.ann_file):
         parser.error('expected either WORK_DIR and --ann-file, or --table-only')
-    matmul_roi_align.install()
-    with parser.refusing():
+    with matmul_roi_align.installed(), parser.refusing():
         rows = []
         if args.out.is_file():
             with reading(args.out, 'the rows of this tool'):

@@ -8,7 +8,8 @@ map and one for its columns, a RoI is ``rows @ features @ columns.T``.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, Iterator
 
 import mmcv.ops
 import torch
@@ -106,6 +107,12 @@ _MODULE: Any = sys.modules['mmcv.ops.roi_align']
 _MMCV = _MODULE.roi_align
 
 
-def install() -> None:
-    """Let the RoI extractors of this process use it."""
+@contextmanager
+def installed() -> Iterator[None]:
+    """Let the RoI extractors of this process use it, meanwhile."""
+    before = _MODULE.roi_align, mmcv.ops.roi_align
     _MODULE.roi_align = mmcv.ops.roi_align = roi_align
+    try:
+        yield
+    finally:
+        _MODULE.roi_align, mmcv.ops.roi_align = before

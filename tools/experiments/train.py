@@ -10,5 +10,5 @@ from tools.common.mmdet_script import run_mmdet_script
 from tools.experiments import matmul_roi_align
 
 if __name__ == '__main__':
-    matmul_roi_align.install()
-    run_mmdet_script('train')
+    with matmul_roi_align.installed():
+        run_mmdet_script('train')
