@@ -14,7 +14,8 @@ from mmdet.registry import MODELS
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from .binding import RaMBOHeadMixin, bind, told_to_others
+from .binding import RaMBOHeadMixin, bind
+from .telling import told_to_others
 
 __all__ = [
     'BoxAverageMixin',

@@ -4,13 +4,10 @@ While the stock head computes its losses, a recorder stands in for its ``loss_cl
 keeps the calls. Then the loss is called once, with all rows and with their images.
 """
 
-import functools
-import sys
 import warnings
 from contextlib import contextmanager
 from typing import (
     Any,
-    Callable,
     ClassVar,
     Dict,
     Iterable,
@@ -20,8 +17,6 @@ from typing import (
     NamedTuple,
     Optional,
     Tuple,
-    TypeVar,
-    cast,
 )
 
 import torch
@@ -38,8 +33,6 @@ from ..losses import (
     RankingLoss,
     hard_labels,
 )
-
-_Method = TypeVar('_Method', bound=Callable[..., Any])
 
 
 class Call(NamedTuple):
@@ -86,24 +79,6 @@ class Calls(List[Call]):
     def __init__(self) -> None:
         super().__init__()
         self.boxes: List[Tuple[Tensor, Tensor]] = []
-
-
-def told_to_others(method: _Method) -> _Method:
-    """Let other processes know if a method of a head raises before it ranks.
-
-    Put it before each method that calls :meth:`RaMBOHeadMixin.rank_calls`. Where the
-    stock head itself waits for the others, in ``reduce_mean``, nothing can be told.
-    """
-
-    @functools.wraps(method)
-    def telling(self: Any, *args: Any, **kwargs: Any) -> Any:
-        modules = (sys.modules[kind.__module__] for kind in type(self).__mro__)
-        if not self.ranks or any(hasattr(each, 'reduce_mean') for each in modules):
-            return method(self, *args, **kwargs)
-        with self.loss_cls.expected():
-            return method(self, *args, **kwargs)
-
-    return cast(_Method, telling)
 
 
 class RaMBOHeadMixin:

@@ -22,8 +22,8 @@ from .binding import (
     bind,
     image_major,
     object_labels,
-    told_to_others,
 )
+from .telling import told_to_others
 
 __all__ = [
     'RaMBOATSSHead',

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..losses import Owner, RaMBOLoss, RankingLoss, check_columns
+from .telling import let_tell
 
 _PER_ANCHOR = 'it needs a loss for every single row, and a ranking has none'
 _POSITIVES = 'its loss sees positives only; an objectness tells them from background'
@@ -87,6 +88,7 @@ def _check_matching(head: nn.Module, loss: RankingLoss) -> None:
 def _introduce(head: nn.Module, name: str, loss: Optional[nn.Module]) -> None:
     """Introduce a head to the loss that becomes part of it."""
     if not isinstance(loss, RankingLoss):
+        let_tell(head, loss)
         return
     kind = type(head).__name__
     if kind in NOT_RANKABLE and type(head).__module__.startswith('mmdet.'):

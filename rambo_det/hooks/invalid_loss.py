@@ -61,6 +61,12 @@ def _bad_boxes(samples: List[Any], only_cpu: bool = False) -> List[str]:
     return bad
 
 
+def _which(failed: bool) -> str:
+    """Return which processes have failed; all have to call this at the same time."""
+    found = torch.cat(list(all_gather(torch.tensor([failed], dtype=torch.int32))))
+    return ', '.join(map(str, found.nonzero().flatten().tolist()))
+
+
 def _list(lines: List[str]) -> str:
     more = [f'and {len(lines) - _SHOWN} more'] if len(lines) > _SHOWN else []
     return ''.join(f'\n  {line}' for line in lines[:_SHOWN] + more)
@@ -73,8 +79,8 @@ class InvalidLossHook(Hook):
     Boxes are checked before each step, after the whole pipeline of the data, while they
     are still on the CPU: one without a positive area is an error before it can destroy
     the weights. Losses are checked after the step. The weights in memory are lost then,
-    but no checkpoint is: all losses are read before one is written or replaced, and in
-    distributed training all processes stop if a loss of any of them is not finite.
+    but no checkpoint is: all losses are read before one is written or replaced. In
+    distributed training all processes stop at a box or a loss of any of them.
 
     mmdet's ``CheckInvalidLossHook`` checks the total of every 50th iteration and names
     nothing. This hook names the losses, the images of the first iteration in which one
@@ -88,7 +94,8 @@ class InvalidLossHook(Hook):
             the GPU as mmengine's ``RuntimeInfoHook`` does in each iteration. The
             message names the right images with any interval. Defaults to 1.
         check_boxes (bool): Whether boxes are checked. Switch it off for a loss that
-            such boxes do no harm. Defaults to True.
+            such boxes do no harm. Defaults to True. With several processes, each step
+            then begins with a flag of all.
 
     Raises:
         ValueError: If ``interval`` is not a positive integer, or at such a box.
@@ -109,16 +116,26 @@ class InvalidLossHook(Hook):
     def before_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None
     ) -> None:
-        """Stop before a step whose boxes would make the loss NaN."""
-        bad = self.check_boxes and _bad_boxes(_samples(data_batch), only_cpu=True)
+        """Stop before a step whose boxes would make the loss NaN, in all processes."""
+        if not self.check_boxes:
+            return
+        name, number = type(self).__name__, runner.iter + 1
+        bad = _bad_boxes(_samples(data_batch), only_cpu=True)
+        others = _which(bool(bad))
         if bad:
             raise ValueError(
-                f'{type(self).__name__}: iteration {runner.iter + 1} was not begun, '
-                f'because boxes {_CORNERS} have no positive area, which makes the box '
-                f'loss NaN:{_list(bad)}\n{_REPAIR}. Or drop them in the pipeline, '
-                "after all transforms that move boxes: dict(type='FilterAnnotations', "
+                f'{name}: iteration {number} was not begun, because boxes {_CORNERS} '
+                'have no positive area, which makes the box loss NaN:'
+                f'{_list(bad)}\n{_REPAIR}. Or drop them in the pipeline, after all '
+                "transforms that move boxes: dict(type='FilterAnnotations', "
                 'min_gt_bbox_wh=(0, 0), keep_empty=False). Nothing is lost: go on with '
                 '--resume'
+            )
+        if others:
+            raise ValueError(
+                f'{name}: iteration {number} was not begun, because boxes of process '
+                f'{others} have no positive area; its own error message names them. '
+                'Nothing is lost: go on with --resume'
             )
 
     def after_train_iter(
@@ -147,14 +164,12 @@ class InvalidLossHook(Hook):
         All have to call this at the same time, as they do at all stages but saving.
         """
         message = self._read()
-        failed = torch.tensor([message is not None])
-        invalid = torch.stack(list(all_gather(failed.int()))).flatten().nonzero()
+        invalid = _which(message is not None)
         if message is not None:
             raise FloatingPointError(message)
-        if len(invalid):
-            processes = ', '.join(map(str, invalid.flatten().tolist()))
+        if invalid:
             raise FloatingPointError(
-                f'{type(self).__name__}: a loss of process {processes} is not finite, '
+                f'{type(self).__name__}: a loss of process {invalid} is not finite, '
                 'so that the weights of all are lost; its own error message names the '
                 'loss and the images. Checkpoints are from before it: go on with '
                 '--resume'

@@ -2,9 +2,10 @@
 
 import itertools
 import math
+import struct
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
-from typing import Iterator, List, NamedTuple, Optional, Sequence
+from typing import Callable, ClassVar, Iterator, List, NamedTuple, Optional, Sequence
 
 import torch
 from mmengine.dist import all_gather, all_gather_object, get_rank
@@ -22,6 +23,8 @@ class Received(NamedTuple):
 
 
 _NUMBERS = 3  # that a header has room for
+_A_MEAN = 'a mean'
+Mean = Callable[[Tensor], Tensor]
 _BUILT = itertools.count(1)
 
 
@@ -45,9 +48,16 @@ class Exchange:
     training, how often it was expected, and what the columns are. If that is not the
     same in all processes, none of them goes on.
 
+    Whatever processes wait for, it begins with a header. So one that fails tells all
+    of them by sending one, without knowing in which exchange they are.
+
     Args:
         owner: What messages call the loss.
     """
+
+    # Headers that this process has sent, and how often one told of a failure.
+    sent: ClassVar[int] = 0
+    failures: ClassVar[int] = 0
 
     def __init__(self, owner: str) -> None:
         self._owner = owner
@@ -57,24 +67,26 @@ class Exchange:
         self._inside = self._awaited = False
 
     @contextmanager
-    def expected(self, together: bool) -> Iterator[None]:
+    def expected(self, together: bool) -> Iterator[Optional[Mean]]:
         """Tell the other processes, if they wait, that this one raised before its call.
 
         A head enters it, and again the loss that the head calls.
 
         Args:
             together: Whether the others will wait for this process.
+
+        Yields:
+            What the head uses for mmdet's ``reduce_mean``, if others wait.
         """
         entered = together and not self._inside
         if entered:
             self._inside = self._awaited = True
             self._calls += 1
         try:
-            yield
+            yield self.mean if together else None
         except Exception:
             if entered and self._awaited:
-                with suppress(Exception):  # the first error says what was wrong
-                    self._send(torch.zeros(0, dtype=torch.int64), (), failed=True)
+                self.tell()
             raise
         finally:
             if entered:
@@ -90,16 +102,53 @@ class Exchange:
         Raises:
             RuntimeError: If another process raised, or does not do the same.
         """
-        headers = self._send(numbers, columns)
+        kinds = [f'{math.prod(c.shape[1:])} x {str(c.dtype)[6:]}' for c in columns]
+        self._awaited = False  # from here on the others know
+        rows = len(columns[0]) if columns else 0
+        headers = self._agree(numbers, f'columns {", ".join(kinds) or "none"}', rows)
+        counts = [header.rows for header in headers]
+        return Received(
+            [header.numbers for header in headers],
+            [_all_rows(column, counts) for column in columns],
+        )
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Return the mean of a number over all processes; all must call this.
+
+        It is mmdet's ``reduce_mean``, in which a process that fails can be heard.
+        """
+        bits = value.detach().double().reshape(1).view(torch.int64)
+        try:
+            headers = self._agree(bits, _A_MEAN)
+        except RuntimeError:
+            self._awaited = False
+            raise
+        values = struct.unpack(
+            f'{len(headers)}d',
+            struct.pack(f'{len(headers)}q', *(h.numbers[0] for h in headers)),
+        )
+        return torch.full_like(value, math.fsum(values) / len(values))
+
+    def tell(self) -> None:
+        """Tell the other processes, which wait, that this one has failed."""
+        Exchange.failures += 1
+        with suppress(Exception):  # the first error says what was wrong
+            self._send(torch.zeros(0, dtype=torch.int64), '', failed=True)
+
+    def _agree(self, numbers: Tensor, what: str, rows: int = 0) -> List[_Header]:
+        """Return the headers of all processes, unless one has failed or differs."""
+        headers = self._send(numbers, self._describe(what), rows)
         failed = [str(rank) for rank, header in enumerate(headers) if header.failed]
         if failed:
+            Exchange.failures += 1
             raise RuntimeError(
                 f'{self._owner}: process {", ".join(failed)} stopped before it ranked, '
                 'and without it there is no ranking over all processes. Its own error '
                 'message says what was wrong'
             )
         if len({header.agreed for header in headers}) > 1:
-            found = all_gather_object(self._describe(columns))
+            Exchange.failures += 1
+            found = all_gather_object(self._describe(what))
             listed = ''.join(f'\n  process {i}: {each}' for i, each in enumerate(found))
             raise RuntimeError(
                 f'{self._owner}: the processes do not rank the same together, so none '
@@ -107,32 +156,25 @@ class Exchange:
                 'and have to call every loss in every step, also without rows. For a '
                 'head that does not, set gather=False in the loss'
             )
-        counts = [header.rows for header in headers]
-        return Received(
-            [header.numbers for header in headers],
-            [_all_rows(column, counts) for column in columns],
-        )
+        return headers
 
-    def _describe(self, columns: Sequence[Tensor]) -> str:
+    def _describe(self, what: str) -> str:
         """Say what has to be the same in all processes."""
         iteration = MessageHub.get_current_instance().runtime_info.get('iter')
         where = '' if iteration is None else f'iteration {iteration + 1}, '
-        kinds = [f'{math.prod(c.shape[1:])} x {str(c.dtype)[6:]}' for c in columns]
-        found = ', '.join(kinds) or 'none'
-        return f'{where}call {self._calls} of loss {self._number}, columns {found}'
+        return f'{where}call {self._calls} of loss {self._number}, {what}'
 
     def _send(
-        self, numbers: Tensor, columns: Sequence[Tensor], failed: bool = False
+        self, numbers: Tensor, text: str, rows: int = 0, failed: bool = False
     ) -> List[_Header]:
         """Send this process' header and return those of all."""
-        text = self._describe(columns).encode()
-        agreed = int.from_bytes(blake2b(text, digest_size=7).digest(), 'big')
-        rows = len(columns[0]) if columns else 0
+        Exchange.sent += 1
+        digest = blake2b(text.encode(), digest_size=7).digest()
+        agreed = int.from_bytes(digest, 'big')
         # Filled on the device, as copying to it would wait.
         parts = [numbers.new_full((1,), value) for value in (failed, rows)]
         parts.append(numbers.new_full((1 + _NUMBERS - len(numbers),), agreed))
         header = torch.cat([*parts, numbers])
-        self._awaited = False  # from here on the others know
         found = torch.stack(list(all_gather(header))).tolist()
         last = slice(-len(numbers), None)
         return [_Header(each[0], each[1], each[2], each[last]) for each in found]

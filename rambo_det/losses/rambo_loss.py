@@ -23,7 +23,7 @@ from .arguments import (
     refuse_unknown,
     steps,
 )
-from .gather import Exchange, Step, gather_step
+from .gather import Exchange, Mean, Step, gather_step
 from .memory import Remembering, ScoreMemory
 from .ranking_loss import PATIENCE, RankingLoss
 from .rows import Images, Ranked, Rows, check_overlaps, check_reduction, check_rows
@@ -335,9 +335,14 @@ class RaMBOLoss(Remembering, RankingLoss):
             loss = loss + share * other
         return loss
 
-    def expected(self) -> ContextManager[None]:
+    @property
+    def gathers(self) -> bool:
+        """Whether calls of a bound head are calls of all processes."""
+        return self._ranks_together(tells_images=True)
+
+    def expected(self) -> ContextManager[Optional[Mean]]:
         """Return what a head enters before it computes what the loss then ranks."""
-        return self._exchange.expected(self._ranks_together(tells_images=True))
+        return self._exchange.expected(self.gathers)
 
     def _ranks_together(self, tells_images: bool) -> bool:
         """Return whether a call is one of all processes."""

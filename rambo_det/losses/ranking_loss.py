@@ -6,6 +6,7 @@ from typing import ClassVar, ContextManager, Dict, List, Optional
 import torch
 from torch import Tensor, nn
 
+from .gather import Mean
 from .memory import ScoreMemory
 from .rows import Owner
 
@@ -42,11 +43,16 @@ class RankingLoss(nn.Module):
         """The memory of past steps; ``None`` without one."""
         return None
 
-    def expected(self) -> ContextManager[None]:
+    @property
+    def gathers(self) -> bool:
+        """Whether calls of a bound head are calls of all processes."""
+        return False
+
+    def expected(self) -> ContextManager[Optional[Mean]]:
         """Return what a head enters before it computes what the loss then ranks.
 
         Where processes rank together, the others wait for the call. If this one raises
-        before it, the context tells them.
+        before it, the context tells them. It gives what to use for ``reduce_mean``.
         """
         return nullcontext()
 

@@ -1,5 +1,10 @@
 """Heads and whole detectors in two processes, of which one has nothing to rank."""
 
+import copy
+import functools
+import itertools
+import time
+
 import pytest
 import torch
 
@@ -189,27 +194,84 @@ def test_a_stock_head_can_be_told_to_gather(tmp_path):
     assert run(stock_roi_head, 2, tmp_path) == [[[3, 4]], [[3, 4]]]
 
 
-# What fails in a head: its matching, or, where it waits in mmdet's reduce_mean before
-# it ranks, what comes after that.
-FAILING = dict(RetinaHead='get_targets', faster='get_targets', FCOSHead='_overlaps')
+# What fails in the second process, of a detector: between its heads and their losses,
+# before, between and after the means that mmdet brings together.
+FAILING = [
+    ('RetinaHead', 'bbox_head.get_targets'),
+    ('FCOSHead', 'bbox_head.get_targets'),
+    ('FCOSHead', 'bbox_head.loss_centerness.forward'),
+    ('FCOSHead', 'bbox_head._overlaps'),
+    ('ATSSHead', 'bbox_head.loss_by_feat_single'),
+    ('faster', 'rpn_head.predict_by_feat'),
+    ('faster', 'roi_head.bbox_assigner.assign'),
+    ('faster', 'roi_head.bbox_head.forward'),
+    ('cascade', 'roi_head.bbox_sampler.2.sample'),
+    ('sparse', 'roi_head.bbox_head.1.loss_iou.forward'),
+    ('dino', 'encoder.forward'),
+    ('dino', 'bbox_head.assigner.assign'),
+    ('dino', 'bbox_head.split_outputs'),
+    ('dino', 'bbox_head._get_dn_targets_single'),
+]
+STEPS_BEFORE = (0, 1)  # it fails in the first step, and in the second
 
 
-def a_head_that_fails(rank):
-    messages = []
-    for name, method in FAILING.items():
-        model = build(DETECTORS.get(name) or DENSE[name], change_config)
+def detectors_that_fail(rank):
+    found = []
+    models = {}
+    for before, (name, method) in itertools.product(STEPS_BEFORE, FAILING):
+        if before or name not in models:
+            models[name] = build({**DENSE, **DETECTORS}.get(name), change_config)
+        model = copy.deepcopy(models[name])
         data = batch(model, objects=[3, 2])
-        head = model.roi_head.bbox_head if name == 'faster' else model.bbox_head
+        *path, last = method.split('.')
+        part = functools.reduce(_part, path, model)
+        given = data['inputs'], data['data_samples']
+        for _ in range(before):
+            assert all(torch.isfinite(x) for x in _losses(model.loss(*given)))
         if rank == 1:
-            setattr(head, method, lambda *_, **__: {}['no match'])
+            part.__dict__[last] = _raise
+        began = time.monotonic()
         try:
-            model.loss(data['inputs'], data['data_samples'])
+            model.loss(*given)
         except (KeyError, RuntimeError) as error:
-            messages.append(str(error))
-    return messages
+            found.append((str(error), time.monotonic() - began))
+    return found
 
 
-def test_a_head_that_fails_before_it_ranks_is_named_in_the_others(tmp_path):
-    others, own = run(a_head_that_fails, 2, tmp_path)
-    assert own == ["'no match'"] * len(FAILING) and len(others) == len(own)
-    assert all('process 1 stopped before it ranked' in message for message in others)
+def _part(whole, name):
+    return whole[int(name)] if name.isdigit() else getattr(whole, name)
+
+
+def _losses(found):
+    return [v for k, v in found.items() if 'loss' in k and isinstance(v, torch.Tensor)]
+
+
+def _raise(*_, **__):
+    raise KeyError('no match')
+
+
+def test_a_process_that_fails_before_it_ranks_is_named_in_the_others(tmp_path):
+    others, own = run(detectors_that_fail, 2, tmp_path)
+    count = len(STEPS_BEFORE) * len(FAILING)
+    assert [message for message, _ in own] == ["'no match'"] * count
+    assert len(others) == count
+    for message, seconds in others:
+        assert 'process 1 stopped before it ranked' in message
+        assert seconds < 1
+
+
+def fails_after_all(rank):
+    """No other process waits then, so that this one must not either."""
+    model = build(DETECTORS['faster'], change_config)
+    data = batch(model, objects=[3, 2])
+    if rank == 1:
+        model.roi_head.bbox_head.loss_cls.get_accuracy = _raise
+    try:
+        return [*model.loss(data['inputs'], data['data_samples'])]
+    except KeyError as error:
+        return str(error)
+
+
+def test_a_process_that_fails_when_all_have_ranked_raises_at_once(tmp_path):
+    losses, message = run(fails_after_all, 2, tmp_path)
+    assert 'loss_cls' in losses and message == "'no match'"
