@@ -119,24 +119,26 @@ class InvalidLossHook(Hook):
         """Stop before a step whose boxes would make the loss NaN, in all processes."""
         if not self.check_boxes:
             return
-        name, number = type(self).__name__, runner.iter + 1
         bad = _bad_boxes(_samples(data_batch), only_cpu=True)
-        others = _which(bool(bad))
+        processes = _which(bool(bad))
+        if not processes:
+            return
         if bad:
-            raise ValueError(
-                f'{name}: iteration {number} was not begun, because boxes {_CORNERS} '
-                'have no positive area, which makes the box loss NaN:'
-                f'{_list(bad)}\n{_REPAIR}. Or drop them in the pipeline, after all '
+            what = (
+                f'boxes {_CORNERS} have no positive area, which makes the box loss '
+                f'NaN:{_list(bad)}\n{_REPAIR}. Or drop them in the pipeline, after all '
                 "transforms that move boxes: dict(type='FilterAnnotations', "
-                'min_gt_bbox_wh=(0, 0), keep_empty=False). Nothing is lost: go on with '
-                '--resume'
+                'min_gt_bbox_wh=(0, 0), keep_empty=False)'
             )
-        if others:
-            raise ValueError(
-                f'{name}: iteration {number} was not begun, because boxes of process '
-                f'{others} have no positive area; its own error message names them. '
-                'Nothing is lost: go on with --resume'
+        else:
+            what = (
+                f'boxes of process {processes} have no positive area; its own error '
+                'message names them'
             )
+        raise ValueError(
+            f'{type(self).__name__}: iteration {runner.iter + 1} was not begun, '
+            f'because {what}. Nothing is lost: go on with --resume'
+        )
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None

@@ -146,33 +146,56 @@ IN_TWO = [
 ]
 
 
-def nan_in_the_second(rank, folder):
+def error_of(rank, work_dir, model, hook, samples=None, **settings):
+    """Train in one of several processes; return why it stopped."""
     os.environ.update(LOCAL_RANK=str(rank))
     wrapper = dict(type='MMDistributedDataParallel', device_ids=None)
+    process = dict(launcher='pytorch', cfg=dict(model_wrapper_cfg=wrapper))
+    runner = runner_of(model, hook, work_dir, samples, **settings, **process)
+    try:
+        runner.train()
+    except (FloatingPointError, ValueError) as error:
+        return f'{type(error).__name__}: {error}'
+
+
+def invalid_in_the_second(rank, folder):
     messages = []
     for number, (step, settings, _, interval, hooks) in enumerate(IN_TWO):
         model = Model({step: dict(loss_cls=NAN)} if rank == 1 else {})
-        process = dict(launcher='pytorch', cfg=dict(model_wrapper_cfg=wrapper))
-        work_dir, hook = folder / f'work_{number}', dict(interval=interval)
-        runner = runner_of(model, hook, work_dir, hooks=hooks, **settings, **process)
-        try:
-            runner.train()
-        except FloatingPointError as error:
-            messages.append(str(error))
+        hook, work_dir = dict(interval=interval), folder / f'work_{number}'
+        found = error_of(rank, work_dir, model, hook, hooks=hooks, **settings)
+        messages.append(found)
+    samples = [sample(f'{i:03d}', GOOD) for i in range(16)]
+    samples[5] = sample('005', (3, 3, 3, 3))  # of its second step
+    messages.append(error_of(rank, folder / 'boxes', Model({}), {}, samples))
     return messages
 
 
-def test_all_processes_stop_before_the_only_checkpoint_is_replaced(tmp_path):
-    first, second = run(nan_in_the_second, 2, tmp_path, tmp_path)
-    assert len(first) == len(second) == len(IN_TWO)
-    cases = enumerate(zip(IN_TWO, first, second))
+@pytest.fixture(scope='module')
+def stopped(tmp_path_factory):
+    """The folder, and the errors of two trainings of which the second one's is bad."""
+    folder = tmp_path_factory.mktemp('stopped')
+    return folder, run(invalid_in_the_second, 2, folder, folder)
+
+
+def test_all_processes_stop_before_the_only_checkpoint_is_replaced(stopped):
+    folder, found = stopped
+    assert all(len(messages) == len(IN_TWO) + 1 for messages in found)
+    cases = enumerate(zip(IN_TWO, *found))
     for number, ((step, _, left, *_), message, own) in cases:
         assert 'a loss of process 1 is not finite' in message
         assert f'in iteration {step + 1} loss_cls = nan. The images' in own
-        files = [*(tmp_path / f'work_{number}').glob('*.pth')]
+        files = [*(folder / f'work_{number}').glob('*.pth')]
         assert [path.name for path in files] == left
         for path in files:
             assert load_checkpoint(path)['state_dict']['weight'].isfinite()
+
+
+def test_all_processes_stop_before_a_step_with_a_bad_box_in_one(stopped):
+    message, own = (messages[-1] for messages in stopped[1])
+    begin = 'ValueError: InvalidLossHook: iteration 2 was not begun, because boxes '
+    assert message.startswith(f'{begin}of process 1 have no positive area')
+    assert own.startswith(begin) and '005.jpg: class 0, (3, 3, 3, 3)' in own
 
 
 def test_a_total_that_overflows_is_named_itself(tmp_path):
