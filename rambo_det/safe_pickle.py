@@ -11,6 +11,7 @@ import codecs
 import io
 import math
 import pickle
+import reprlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, ClassVar, Dict, Tuple, Union
@@ -30,7 +31,9 @@ _HISTORY_METHODS = ('min', 'max', 'mean', 'current')
 def _require(fine: object, what: str, got: object) -> None:
     if not fine:
         raise pickle.UnpicklingError(
-            f'refusing to load {what} {got!r:.200}: no plain data are stored like this'
+            # Not all of it: what contains itself often would be printed for ever.
+            f'refusing to load {what} {reprlib.repr(got):.200}: no plain data are '
+            'stored like this'
         )
 
 

@@ -94,9 +94,13 @@ def a_dtype(*args, state=GOOD_STATE):
 
 
 TRAP = 'TRAP'
+# Small in the file, and endless where it is printed.
+LAUGHS = functools.reduce(lambda inner, _: (inner, inner), range(60), ())
 ATTACKS = dict(
     code=Pickled(os.mkdir, TRAP),
     getattr=Pickled(getattr, HistoryBuffer, '__init__'),
+    laughs=Pickled(np.dtype, LAUGHS),
+    laughing_state=a_dtype('f8', False, True, state=(3, LAUGHS)),
     getattr_of_another=Pickled(getattr, np.ndarray, 'max'),
     object_dtype=a_dtype('O8', False, True, state=(3, '|', *[None] * 3, -1, -1, 63)),
     structured=a_dtype('V8', state=(3, '|', None, ('a',), {'a': (FLOAT, 9)}, 8, 1, 0)),
