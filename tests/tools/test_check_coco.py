@@ -1,6 +1,8 @@
 """The check of data in COCO format, and of all that a config names."""
 
 import json
+import math
+import os
 import random
 import re
 
@@ -14,6 +16,7 @@ from tests import ROOT
 from tests.helpers.damaged_data import CLASSES, LISTS, encoded, write
 from tools.dataset_tools.check_voc import main
 
+COUNT = int(os.environ.get('RAMBO_DAMAGED', 40))
 SIZE, BOX = (48, 36), [4, 5, 20, 18]
 CONFIG = ROOT / 'configs/own_data/faster-rcnn_mobilenetv2_fpn-p3_rambo_12e_own.py'
 
@@ -83,6 +86,7 @@ def first(**values):
         (first(bbox=[-9, 5, 90, 9]), 'box-over-edge', 3),
         (first(area=None), 'object-unreadable', 3),
         (first(id=1), 'object-unreadable', 3),
+        (first(id=[1]), 'object-unreadable', 3),
         (first(category_id=9), 'object-unreadable', 2),
         (first(image_id=77), 'object-unreadable', 2),
         (lambda found: found['images'][0].pop('width'), 'size-mismatch', 3),
@@ -108,6 +112,50 @@ def test_what_is_wrong_with_a_coco_file(damage, kind, left, data, tmp_path, caps
     labels = instances(fixed / 'train.json')
     assert sorted(labels[0]) == [*range(3)][3 - left :]
     assert len(labels) == 4 - (kind == 'image-missing')
+
+
+NAMES = '', '1', 'a', '0.jpg', '../0.jpg', 'a\0b', 'x' * 500, 'cat'
+NUMBERS = None, True, -1, 1, 1.5, math.nan, math.inf, 2**70
+LISTS_AND_SUCH = [], {}, [1], [5, 6, 0, 10], ['5', '6', '9', '9'], [47.5, 35, 9, 9]
+HOSTILE = (*NAMES, *NUMBERS, *LISTS_AND_SUCH)
+
+
+def places(part):
+    """Yield where a value is: what holds it, and its key there."""
+    for key in [*part] if isinstance(part, dict) else range(len(part)):
+        yield part, key
+        if isinstance(part[key], (dict, list)):
+            yield from places(part[key])
+
+
+@pytest.mark.parametrize('block', range(0, COUNT, 20))
+def test_the_verdict_is_that_of_cocodataset(block, data, tmp_path, capsys):
+    file = data / 'train.json'
+    for seed in range(block, block + 20):
+        chance, found = random.Random(seed), content()
+        for _ in range(chance.choice([1, 1, 2])):
+            part, key = chance.choice([*places(found)])
+            if chance.random() < 0.3:
+                del part[key]
+            else:
+                part[key] = chance.choice(HOSTILE)
+        file.write_text(json.dumps(found))
+        fixed, out = tmp_path / f'fixed{seed}', ''
+        try:
+            code = main(
+                [str(file), '--classes', *CLASSES, '--jobs', '1', '--fix', str(fixed)]
+            )
+            out, copy = capsys.readouterr().out.split('The copy, checked:')
+            if out.rstrip().endswith('all well') or '\nall well\n' in out:
+                instances(file)
+            if code == 0:
+                assert copy.rstrip().endswith('all well')
+                instances(fixed / 'train.json')
+        except SystemExit as refused:
+            assert refused.code == 2
+            assert len(capsys.readouterr().err.splitlines()) == 1
+        except Exception as error:
+            raise AssertionError(f'seed {seed}: {found}\n{out}') from error
 
 
 @pytest.fixture

@@ -170,6 +170,12 @@ def _category(each: Entry) -> Any:
     return key if isinstance(key, (int, str)) else None
 
 
+def _numbered(marks: Sequence[Entry]) -> bool:
+    """Tell whether each annotation has an id of its own, as CocoDataset needs it."""
+    ids = {key for m in marks if isinstance(key := m.get('id'), (int, float, str))}
+    return len(ids) == len(marks)
+
+
 def _entries(content: Entry, part: str, keys: Sequence[str], file: Path) -> list[Entry]:
     entries = content.get(part)
     if not isinstance(entries, list) or not all(
@@ -243,8 +249,7 @@ def check_coco(
     for what, left in (('id', unique), ('file', by_name)):
         if len(left) < len(entries if left is unique else unique):
             note('list-repeats', f'images with the same {what}', 'listed once')
-    ids = Counter(each.get('id') for each in marks)
-    if any(n > 1 for n in ids.values()) or None in ids:
+    if not _numbered(marks):
         detail = 'ids of annotations are missing, or not unique: training stops'
         note('object-unreadable', detail, 'numbered anew')
     lost = sum(each['image_id'] not in unique for each in marks)
@@ -303,8 +308,7 @@ def write_fixed_coco(checked: Checked, out: Path, link: bool, report: str) -> Pa
     usable = usable or [*checked.examined.values()]
     names = safe_names([found.name for found in usable])
     marks = [each for found in usable for each in found.kept]
-    ids = {each.get('id') for each in marks}
-    if len(ids) < len(marks) or None in ids:
+    if not _numbered(marks):
         marks = [dict(each, id=number) for number, each in enumerate(marks, 1)]
     images = [dict(found.entry, file_name=names[found.name]) for found in usable]
     content = dict(checked.content, images=images, annotations=marks)
