@@ -256,6 +256,9 @@ class ExactResumeHook(Hook):
         """Do what was left of the validation after the checkpoint."""
         reached, self._reached = self._reached, None
         if reached is not None:
+            if self._restored is not None:
+                # The validation may save them, with the best checkpoint.
+                set_random_state(self._restored)
             problem = self._validations.catch_up(runner, reached)
             if problem is not None:
                 name = type(self).__name__

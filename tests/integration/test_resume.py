@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -134,12 +135,42 @@ REACTING = dict(
 )
 
 
+class Killed(BaseException):
+    """Ends a training as a signal would."""
+
+
+class KilledAtStages(Hook):
+    """Keeps the files that are there before each validation, and may end the training.
+
+    Args:
+        begins: Whether it ends before its first epoch.
+    """
+
+    priority = 'LOWEST'
+
+    def __init__(self, begins=False):
+        self.begins = begins
+
+    def before_val(self, runner):
+        for path in Path(runner.work_dir).glob('[ei]*.pth'):
+            kept = path.parent / 'before' / path.name
+            if not kept.exists() and kept.parent.exists():
+                shutil.copy(path, kept)
+
+    def before_train_epoch(self, runner):
+        if self.begins:
+            raise Killed
+
+
 @pytest.mark.parametrize('saver', ['CheckpointHook', 'SafeCheckpointHook'])
 @pytest.mark.parametrize('by_epoch', [True, False])
 def test_what_reacts_to_metrics_and_gradients_that_wait_go_on(
     tmp_path, saver, by_epoch, no_sleep
 ):
-    """From every checkpoint, saved before or amid a validation, or between updates."""
+    """From every checkpoint, saved before or amid a validation, or between updates.
+
+    Also if it is killed again when it has done the validation that was left.
+    """
     folder, stop = tmp_path / 'whole', dict(monitor='score', rule='greater')
     stop.update(type='EarlyStoppingHook', patience=2, min_delta=0.0)
     checkpoint = dict(type=saver, save_best='score', rule='greater', by_epoch=by_epoch)
@@ -151,9 +182,13 @@ def test_what_reacts_to_metrics_and_gradients_that_wait_go_on(
         checkpoint['interval'] = 2
     settings = dict(REACTING, checkpoint=checkpoint, loop=loop)
 
-    def finish(folder, resume):
-        hooks = [*EXACT, stop]
+    def finish(folder, resume, begins=False):
+        hooks = [*EXACT, stop, KilledAtStages(begins)]
         runner, model = noisy_training(folder, hooks, resume=resume, **settings)
+        if begins:
+            with suppress(Killed):  # unless that was the last validation
+                runner.train()
+            return None
         runner.train()
         (stopper,) = (h for h in runner.hooks if isinstance(h, EarlyStoppingHook))
         info = runner.message_hub.runtime_info
@@ -161,19 +196,23 @@ def test_what_reacts_to_metrics_and_gradients_that_wait_go_on(
         lr = runner.optim_wrapper.get_lr()['lr']
         return runner.iter, lr, best, stopper.wait_count, stopper.best_score, model
 
+    (folder / 'before').mkdir(parents=True)
     *whole, model = finish(folder, False)
     assert 12 < whole[0] < 40 and whole[1][0] < 0.05 and whole[3] == 2
-    names = sorted(path.name for path in folder.glob('[ei]*.pth'))
-    assert len(names) > 4
-    for name in names:
-        again = tmp_path / name
+    files = sorted([*folder.glob('[ei]*.pth'), *folder.glob('before/*.pth')])
+    assert len(files) > 8
+    for number, file in enumerate(files):
+        again = tmp_path / str(number)
         again.mkdir()
-        shutil.copy(folder / name, again)
-        (again / 'last_checkpoint').write_text(str(again / name))
+        shutil.copy(file, again)
+        (again / 'last_checkpoint').write_text(str(again / file.name))
+        if file.parent.name == 'before':
+            disturb()
+            finish(again, True, begins=True)
         disturb()
         *rest, other = finish(again, True)
-        assert rest == whole, name
-        assert same(other, model), name
+        assert rest == whole, file
+        assert same(other, model), file
         # The stock hook deletes what was the best one of the other training.
         assert (folder / whole[2][1]).exists() or saver == 'CheckpointHook'
 

@@ -1,5 +1,6 @@
 """A wrong call of any tool ends in one line on the error stream and exit status 2."""
 
+import os
 import re
 import runpy
 import sys
@@ -57,6 +58,8 @@ CALLS = {
         ('folder', FOLDER),
         ('empty', EMPTY),
         ('text', TEXT),
+        ('pipe', 'pipe, which is no regular file'),
+        ('deep.json', 'RecursionError'),
         ('other.json', 'expected the JSON of benchmark_loss'),
     ],
     'analysis_tools/calibrate': [
@@ -88,6 +91,8 @@ CALLS = {
         ('empty', 'expected a JSON file of COCO'),
         ('text', 'expected a JSON file of COCO'),
         ('other.json', "with a list 'images'"),
+        ('pipe', 'expected a folder with a data set'),
+        ('folder --json pipe', 'expected a file to write'),
         ('--config gone', GONE),
         ('--config text', NO_CONFIG),
         ('--config none.py', 'names no data of VOC or COCO'),
@@ -181,8 +186,10 @@ def folder(tmp_path, monkeypatch):
         'text': 'no = [\n',
         'other.json': '{"a": {"b": 1}}',
         'none.py': 'model = None\n',
+        'deep.json': '[' * 10**5,
     }.items():
         (tmp_path / name).write_text(text)
+    os.mkfifo(tmp_path / 'pipe')
     return tmp_path
 
 

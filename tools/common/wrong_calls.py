@@ -48,7 +48,8 @@ def readable_file(text: str) -> Path:
             with path.open('rb') as file:
                 if file.read(1):
                     return path
-        what = 'an empty one' if path.is_file() else 'a folder' if path.is_dir() else ''
+        what = 'a folder' if path.is_dir() else 'no regular file'
+        what = 'an empty one' if path.is_file() else what if path.exists() else ''
     except (OSError, ValueError) as error:
         what = str(error)
     shown = f'{text}, which is {what}' if what else f'{text}, which does not exist'
@@ -71,8 +72,10 @@ def _writable(path: Path, shown: str) -> Path:
 def writable_file(text: str) -> Path:
     """Accept a file that can be written, without writing it."""
     path = Path(text).absolute()
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f'expected a file to write, got folder {text}')
+    if path.exists() and not path.is_file():
+        # A device would be replaced by a file.
+        what = 'folder' if path.is_dir() else 'what is no regular file,'
+        raise argparse.ArgumentTypeError(f'expected a file to write, got {what} {text}')
     return _writable(path.parent, text)
 
 
@@ -107,7 +110,10 @@ def reading(path: Path, expected: str) -> Iterator[None]:
     """
     try:
         yield
-    except (LookupError, TypeError, AttributeError, ValueError, OSError) as error:
+    except (
+        *(LookupError, TypeError, AttributeError, ValueError, OSError),
+        RecursionError,
+    ) as error:
         reason = f'{type(error).__name__}: {error}'
         raise ValueError(f'{path}: expected {expected}, got {reason}') from error
 
