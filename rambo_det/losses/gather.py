@@ -175,7 +175,14 @@ class Exchange:
         parts = [numbers.new_full((1,), value) for value in (failed, rows)]
         parts.append(numbers.new_full((1 + _NUMBERS - len(numbers),), agreed))
         header = torch.cat([*parts, numbers])
-        found = torch.stack(list(all_gather(header))).tolist()
+        try:
+            found = torch.stack(list(all_gather(header))).tolist()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f'{self._owner}: another process has ended, or did not come to this '
+                f'one, which waits in {text or "an error"}: {error}. All have to call '
+                'every loss in every step, also without rows'
+            ) from error
         last = slice(-len(numbers), None)
         return [_Header(each[0], each[1], each[2], each[last]) for each in found]
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import time
 from unittest import mock
 
@@ -487,3 +488,28 @@ def test_a_call_that_is_left_out_is_an_error_in_all(tmp_path):
     for *before, message in results:
         assert before == ['', ''] and 'do not rank the same together' in message
         assert message.count('call 2 of loss') == 3
+
+
+def one_call_less_of_one_loss(rank, folder):
+    """The third process leaves out a step, which none can know, and ends first.
+
+    None of them can come to the end of the test's group then.
+    """
+    loss_cls, message, seconds = RaMBOLoss(**PLAIN), '', 0.0
+    for step in range(3):
+        if (rank, step) != (2, 1):
+            began = time.monotonic()
+            try:
+                loss_cls(torch.randn(4, CLASSES), torch.arange(4))
+            except RuntimeError as error:
+                message, seconds = str(error), time.monotonic() - began
+    torch.save((message, seconds), folder / f'{rank}.pt')
+    os._exit(0)
+
+
+def test_a_process_that_ends_too_early_is_an_error_of_the_others_at_once(tmp_path):
+    *others, (none, _) = run(one_call_less_of_one_loss, 3, tmp_path, tmp_path)
+    assert none == ''
+    for message, seconds in others:
+        assert 'another process has ended' in message and 'call 3 of loss' in message
+        assert seconds < 1
