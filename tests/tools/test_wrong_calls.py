@@ -33,6 +33,7 @@ CONFIG = str(ROOT / 'configs/demo/faster-rcnn_tiny_fpn_rambo_demo.py')
 GONE, FOLDER = 'gone, which does not exist', 'folder, which is a folder'
 EMPTY, TEXT = 'empty, which is an empty one', 'text: expected'
 NO_OUT, NO_MARKS = 'cannot write .*text/in', 'expected one line'
+NO_PAIR = '--cfg-options: must be KEY=VALUE, got a'
 NO_CONFIG = 'is no config that can be read'
 RUN = [
     ('gone', NO_CONFIG),
@@ -40,6 +41,8 @@ RUN = [
     ('empty', NO_CONFIG),
     (f'{CONFIG} --work-dir text/in', NO_OUT),
     (f'{CONFIG} --no-such', 'arguments'),
+    (f'{CONFIG} --cfg-options a', NO_PAIR),
+    (f'{CONFIG} --cfg-options b=1 a=[(1,]', NO_PAIR),
 ]
 TEST = [
     *[(f'{args} checkpoint', said) for args, said in RUN],
@@ -68,6 +71,7 @@ CALLS = {
         ('text text --ann-file a --out new', NO_CONFIG),
         (f'{CONFIG} text --ann-file a --out new', 'text.* is damaged'),
         (f'{CONFIG} text --ann-file a --out text/in', NO_OUT),
+        (f'{CONFIG} text --ann-file a --out new --cfg-options a', NO_PAIR),
         (f'{CONFIG} text --ann-file a --out text', 'is CHECKPOINT; name another file'),
     ],
     'analysis_tools/error_kinds': [
@@ -148,6 +152,7 @@ CALLS = {
     'experiments/calibrations': [
         ('', 'expected either WORK_DIR and --ann-file'),
         ('folder --ann-file a', 'expected the work dir of a training'),
+        ('folder --ann-file a --cfg-options a', NO_PAIR),
         ('--table-only --out text', 'text'),
         ('--table-only --update text', NO_MARKS),
     ],

@@ -66,6 +66,7 @@ from tools.common.atomic_file import atomic_file
 from tools.common.markdown_table import markdown_table
 from tools.common.wrong_calls import (
     Parser,
+    option,
     readable_file,
     writable_file,
     writable_folder,
@@ -354,7 +355,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         '--pictures', type=writable_folder, help='folder of a reliability diagram'
     )
     parser.add_argument('--per-class', action='store_true', help='a diagram of each')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={})
+    parser.add_argument(
+        '--cfg-options', nargs='+', type=option, action=DictAction, default={}
+    )
     args = parser.parse_args(argv)
     if args.out.resolve() == args.checkpoint.resolve():
         parser.error(f'--out {args.out} is CHECKPOINT; name another file')

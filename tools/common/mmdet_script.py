@@ -11,6 +11,7 @@ from typing import Any, Container, Iterator
 
 from tools.common.wrong_calls import (
     Parser,
+    option,
     read_config,
     writable_file,
     writable_folder,
@@ -91,6 +92,7 @@ def run_mmdet_script(name: str) -> None:
     parser = Parser(prog=name, add_help=False, allow_abbrev=False)
     parser.add_argument('--out', type=_predictions)
     parser.add_argument('--work-dir', type=writable_folder)
+    parser.add_argument('--cfg-options', nargs='+', type=option)
     parser.parse_known_args()
     argparse.ArgumentParser.error = Parser.error  # mmdet's own parser: one line
     try:

@@ -101,6 +101,22 @@ def at_least(
     return number
 
 
+def option(text: str) -> str:
+    """Accept what mmengine's ``DictAction`` can read."""
+    from mmengine.config import DictAction
+
+    key, equals, value = text.partition('=')
+    try:
+        if not (key and equals):
+            raise ValueError('no pair')
+        DictAction._parse_iterable(value)
+    except (AssertionError, LookupError, RecursionError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f'must be KEY=VALUE, got {text} ({error})'
+        ) from None
+    return text
+
+
 @contextmanager
 def reading(path: Path, expected: str) -> Iterator[None]:
     """Say of a file with other content what was expected.
