@@ -194,6 +194,40 @@ def test_a_config(more, said, config, tmp_path, capsys):
     assert re.search(said, out), out
 
 
+LAZY = """
+from mmdet.datasets import XMLDataset
+train_dataloader = dict(
+    dataset=dict(
+        type=XMLDataset,
+        data_root={root!r},
+        data_prefix=dict(sub_data_root=''),
+        ann_file='ImageSets/Main/train.txt',
+        metainfo=dict(classes={classes!r}),
+    )
+)
+"""
+
+
+def test_a_config_that_imports_its_types(config, tmp_path, capsys):
+    data = dict(root=str(tmp_path / 'data'), classes=CLASSES)
+    config.write_text(LAZY.format(**data))
+    assert main(['--config', str(config), '--jobs', '1']) == 0
+    assert '3 images (train 3)' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    'dataset',
+    ['dict(data_root=1)', "['x', 1]", "dict(type='XMLDataset', metainfo=5)", '3'],
+)
+def test_a_config_of_other_data(dataset, tmp_path, capsys):
+    path = tmp_path / 'mine.py'
+    path.write_text(f'train_dataloader = dict(dataset={dataset})\n')
+    with pytest.raises(SystemExit):
+        main(['--config', str(path)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert 'expected a config with data' in line or 'no data of VOC or COCO' in line
+
+
 def test_a_config_of_several_data_sets(config, tmp_path, capsys):
     """Splits are compared across them; a copy can only be made of one."""
     other = tmp_path / 'other'

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Iterator
 
-from tools.common.wrong_calls import read_config
+from tools.common.wrong_calls import read_config, reading
 from tools.dataset_tools.coco_data import check_coco
 from tools.dataset_tools.splits import compare_parts
 from tools.dataset_tools.voc_data import Checked, check
@@ -69,6 +69,45 @@ def _model_problems(cfg: Any, classes: dict[str, tuple[str, ...]]) -> Iterator[P
             yield Problem('num-classes', file, detail, '')
 
 
+def _uses(
+    cfg: Any,
+) -> tuple[dict[tuple[Any, ...], set[str]], dict[str, tuple[str, ...]], list[str]]:
+    """Return the data sets that a config names, each with the parts that use it.
+
+    And the classes of each part, and what is not checked.
+    """
+    from mmdet.datasets import CocoDataset, XMLDataset
+    from mmdet.registry import DATASETS
+
+    uses: dict[tuple[Any, ...], set[str]] = defaultdict(set)
+    skipped: list[str] = []
+    classes: dict[str, tuple[str, ...]] = {}
+    for part in _PARTS:
+        for data in _leaves((cfg.get(f'{part}_dataloader') or {}).get('dataset')):
+            kind = data['type']
+            kind = kind if isinstance(kind, type) else DATASETS.get(kind)
+            if kind is None or not issubclass(kind, (CocoDataset, XMLDataset)):
+                skipped.append(f'{part}_dataloader: {data["type"]} is not checked')
+                continue
+            names = classes[part] = _classes(data, kind)
+            top, prefix = data.get('data_root'), data.get('data_prefix') or {}
+            file = _join(top, data.get('ann_file'))
+            if issubclass(kind, CocoDataset):
+                key = ('coco', _join(top, prefix.get('img')), '', '', names, file)
+            else:
+                given = 'sub_data_root' in prefix
+                root = _join(top, prefix['sub_data_root']) if given else Path()
+                folders = (
+                    data.get('img_subdir', 'JPEGImages'),
+                    data.get('ann_subdir', 'Annotations'),
+                )
+                key = ('voc', root, *folders, names, file)
+            if not file.is_file():
+                raise FileNotFoundError(f'{part}_dataloader: there is no file {file}')
+            uses[key].add(part)
+    return uses, classes, skipped
+
+
 def check_config(
     path: Path, jobs: int = 1, frame: str = '', copies: bool = False
 ) -> list[Checked]:
@@ -87,8 +126,6 @@ def check_config(
         ValueError: If the config cannot be read, or names no data of VOC or COCO.
     """
     cfg = read_config(path)
-    from mmdet.datasets import CocoDataset, XMLDataset
-    from mmdet.registry import DATASETS
     from mmdet.utils import register_all_modules
     from mmengine.registry import init_default_scope
 
@@ -97,30 +134,8 @@ def check_config(
     register_all_modules(init_default_scope=False)
     init_default_scope(cfg.get('default_scope') or 'mmdet')
     cfg = follow_own_data(cfg)
-    uses: dict[tuple[Any, ...], set[str]] = defaultdict(set)
-    skipped, classes = [], {}
-    for part in _PARTS:
-        for data in _leaves((cfg.get(f'{part}_dataloader') or {}).get('dataset')):
-            kind = DATASETS.get(data['type'])
-            if kind is None or not issubclass(kind, (CocoDataset, XMLDataset)):
-                skipped.append(f'{part}_dataloader: {data["type"]} is not checked')
-                continue
-            names = classes[part] = _classes(data, kind)
-            top, prefix = data.get('data_root'), data.get('data_prefix') or {}
-            file = _join(top, data.get('ann_file'))
-            if issubclass(kind, CocoDataset):
-                key = ('coco', _join(top, prefix.get('img')), '', '', names, file)
-            else:
-                given = 'sub_data_root' in prefix
-                root = _join(top, prefix['sub_data_root']) if given else Path()
-                folders = (
-                    data.get('img_subdir', 'JPEGImages'),
-                    data.get('ann_subdir', 'Annotations'),
-                )
-                key = ('voc', root, *folders, names, file)
-            if not file.is_file():
-                raise ValueError(f'{path}: {part}_dataloader: there is no file {file}')
-            uses[key].add(part)
+    with reading(path, 'a config with data as mmdet reads them'):
+        uses, classes, skipped = _uses(cfg)
     if not uses:
         raise ValueError(f'{path} names no data of VOC or COCO to check: {skipped}')
     told = {
