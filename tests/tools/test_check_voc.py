@@ -289,7 +289,7 @@ def test_what_else_is_found(damage, kind, detail, repair, data, tmp_path):
             'NAME\r',
             'tra\u0308in 9',
         ),
-        *('NAME\n' + ' ' * 20000, 'NAME\n\n'),
+        *('NAME\n' + ' ' * 20000, 'NAME\n\n', '\u202eNAME\u200b'),
     ],
 )
 def test_what_a_line_means(line, data, tmp_path):
@@ -299,6 +299,18 @@ def test_what_a_line_means(line, data, tmp_path):
     run(data, '--fix', str(tmp_path / 'fixed'))
     names = read_lines(tmp_path / 'fixed' / LIST)
     assert names == [*NAMES[1:], 'träin 9']
+    assert_trains(tmp_path / 'fixed')
+
+
+@pytest.mark.parametrize(
+    'between', [' ', ', ', ';', '.jpg\t', *'\r\x0b\x85\u2028', '","']
+)
+def test_a_line_of_several_names(between, data, tmp_path):
+    lines(f'["{between.join(NAMES)}"]' if between == '","' else between.join(NAMES))(
+        data
+    )
+    run(data, '--fix', str(tmp_path / 'fixed'))
+    assert read_lines(tmp_path / 'fixed' / LIST) == NAMES
     assert_trains(tmp_path / 'fixed')
 
 

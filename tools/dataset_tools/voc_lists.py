@@ -20,6 +20,7 @@ SUFFIXES = (
 )
 _ROLES = re.compile(r'trainval|training|train|validation|valid|val|testing|test', re.I)
 _LONGEST = 1000
+_BETWEEN = re.compile(r'[\s,;|]+')
 _REPORTS = ('check_voc_report.txt', 'to_voc_report.txt')
 
 
@@ -160,13 +161,15 @@ class Names:
         whole = (
             line.replace('\0', '')
             .strip()
-            .strip('\ufeff"\'`,;')
+            .strip('\ufeff"\'`,;[]')
             .strip()
             .replace('\\', '/')
         )
-        columns = re.split(r'[\s,;|]+', whole)
+        columns = _BETWEEN.split(whole)
         texts = (whole, *whole.split(',')[:1], *whole.split('\t')[:1], columns[0])
-        for text in dict.fromkeys((*texts, ' '.join(columns[:-1]))):
+        # Marks that nobody sees, such as those of the direction of writing.
+        visible = ''.join(c for c in whole if unicodedata.category(c) != 'Cf')
+        for text in dict.fromkeys((*texts, ' '.join(columns[:-1]), visible)):
             text = text.strip('"\'` ')
             stem, suffix = os.path.splitext(text)
             for name in (text, stem)[: 1 + (suffix.lower() in (*SUFFIXES, '.xml'))]:
@@ -177,6 +180,22 @@ class Names:
                         return found
                     part = part or found or ''
         return part or whole
+
+    def all_meant(self, line: str) -> list[str]:
+        """Return the names that a line probably means, several where it has them."""
+        if self.whole(line):
+            return [line]
+        names = []
+        for part in [*filter(None, line.splitlines())] or ['']:
+            found = self.meant(part)
+            columns = _BETWEEN.split(part.strip())
+            # A second column may be a flag of VOC's.
+            each = [self.meant(c) for c in columns if c not in ('', '-1', '0', '1')]
+            named = _BETWEEN.search(found) and self.whole(found)
+            if named or not all(map(self.whole, each)):
+                each = []
+            names += dict.fromkeys(each) or [found]
+        return names
 
     def lines(self, path: Path) -> tuple[list[str], str]:
         """Read the lines of a list as mmengine does: with all spaces in them.
@@ -222,10 +241,7 @@ def read_list(path: Path, file: str, known: Names, told: str = '') -> ImageList:
         note('list-line', wrong, 'written in UTF-8')
     seen: Counter[str] = Counter()
     for number, line in enumerate(lines, 1):
-        parts = (
-            [line] if known.whole(line) else [*filter(None, line.split('\r'))] or ['']
-        )
-        names = [known.meant(part) for part in parts]
+        names = known.all_meant(line)
         if names != [line] or not line:
             repair = (
                 f'read as {", ".join(map(repr, names))}' if any(names) else 'dropped'
