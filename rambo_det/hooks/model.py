@@ -77,20 +77,24 @@ def checkpoint_folder(hook: CheckpointHook, runner: Any) -> Path:
 
 
 def choose_checkpoint(runner: Any) -> None:
-    """Let a training resume although ``last_checkpoint`` is empty or missing.
+    """Let a training resume although ``last_checkpoint`` is empty, missing or no text.
 
     It then goes on from the newest complete file, or begins if there is no file. One
     that is named and damaged, or missing, is an error of loading.
     """
     if not runner._resume or runner._load_from is not None:
         return
-    if find_latest_checkpoint(runner.work_dir):
+    try:
+        named = find_latest_checkpoint(runner.work_dir)
+    except (OSError, ValueError):
+        named = None
+    if named and '\0' not in named:  # of which a file may consist after a power failure
         return
     savers = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
     places = [(checkpoint_folder(h, runner), h.filename_tmpl) for h in savers]
     path = next(filter(None, (newest_whole(*place) for place in places)), None)
     left = [file for folder, _ in places for file in folder.glob('*.pth')]
-    lost = f'last_checkpoint in {runner.work_dir} is empty or missing'
+    lost = f'last_checkpoint in {runner.work_dir} is empty, missing or no text'
     if path is not None:
         runner._load_from = path
         runner.logger.warning(f'{lost}; going on from {path}, the newest complete one')

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import os
 import random
 import re
@@ -399,8 +400,14 @@ def test_a_damaged_checkpoint_is_named_with_a_good_one(tmp_path, damage, hooks, 
     assert advice in str(raised.value)
 
 
-@pytest.mark.parametrize('pointer', ['', None])
-@pytest.mark.parametrize('saver', ['exact', 'safe', 'safe, elsewhere'])
+@pytest.mark.parametrize(
+    'saver, pointer',
+    [
+        *itertools.product(['exact', 'safe', 'safe, elsewhere'], [b'', None]),
+        ('exact', bytes(40)),
+        ('safe', b'\xff\xfe'),
+    ],
+)
 def test_without_a_last_checkpoint_the_newest_complete_one_is_taken(
     tmp_path, monkeypatch, pointer, saver
 ):
@@ -420,7 +427,7 @@ def test_without_a_last_checkpoint_the_newest_complete_one_is_taken(
     if pointer is None:
         (folder / 'last_checkpoint').unlink()
     else:
-        (folder / 'last_checkpoint').write_text(pointer)
+        (folder / 'last_checkpoint').write_bytes(pointer)
     runner, model = noisy_training(folder, hooks, resume=True, **settings)
     seen = Warnings(runner, monkeypatch)
     runner.train()
