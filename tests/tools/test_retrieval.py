@@ -68,17 +68,41 @@ def test_archives_become_lists_that_share_no_alphabet(data):
 def test_other_archives_are_refused(tmp_path, capsys):
     with zipfile.ZipFile(tmp_path / 'x.zip', 'w') as file:
         file.writestr('image.png', b'')
+    with zipfile.ZipFile(tmp_path / 'above.zip', 'w') as file:
+        file.writestr('images/../b/c.png', b'')
     train = archive(tmp_path / '1.zip', 'ABC')
     for pair, said in (
         (('x.zip', '1.zip'), 'must hold FOLDER/ALPHABET/CHARACTER/IMAGE.png'),
         (('1.zip', '1.zip'), r'others than these, got \[\]'),
         (('1.zip', 'none.zip'), 'none.zip, which does not exist'),
+        (('1.zip', 'above.zip'), 'must hold FOLDER/ALPHABET/CHARACTER/IMAGE.png'),
     ):
         paths = [str(train.with_name(name)) for name in pair]
         with pytest.raises(SystemExit):
             omniglot.main([*paths, '--out', str(tmp_path / 'out')])
         assert re.search(said, capsys.readouterr().err)
         assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(
+    'damage, said', [('eps', 'cannot identify image'), ('bytes', 'Bad CRC-32')]
+)
+def test_images_of_another_format_or_damaged_are_a_wrong_call(
+    damage, said, tmp_path, capsys
+):
+    paths = archive(tmp_path / '1.zip', 'ABC'), archive(tmp_path / '2.zip', 'D')
+    if damage == 'eps':
+        with zipfile.ZipFile(paths[1], 'w') as file:
+            file.writestr(
+                'a/E/c/d.png', '%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9'
+            )
+    else:
+        content = paths[0].read_bytes()
+        paths[0].write_bytes(content[:300] + bytes(90) + content[390:])
+    with pytest.raises(SystemExit) as stopped:
+        omniglot.main([*map(str, paths), '--out', str(tmp_path / 'out')])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_what_is_measured_is_what_mmdet_measures():

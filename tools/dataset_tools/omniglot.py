@@ -16,8 +16,9 @@ from __future__ import annotations
 import argparse
 import sys
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
-from typing import Sequence
+from typing import IO, Sequence
 
 if not __package__:  # run as a script: its modules are those of the checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -39,7 +40,8 @@ def members(archive: zipfile.ZipFile) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in sorted(archive.namelist()):
         parts = PurePosixPath(name).parts
-        if len(parts) == 4 and name.endswith('.png'):
+        # Not above the folder that is written.
+        if len(parts) == 4 and name.endswith('.png') and '..' not in parts:
             found.setdefault(parts[1], []).append(name)
     if not found:
         raise ValueError(
@@ -47,6 +49,11 @@ def members(archive: zipfile.ZipFile) -> dict[str, list[str]]:
             'archives images_background_small1.zip and images_background_small2.zip do'
         )
     return found
+
+
+def _open(file: IO[bytes]) -> Image.Image:
+    # Of some other formats Pillow would start programs.
+    return Image.open(file, formats=['PNG'])
 
 
 def convert(train: Path, test: Path, out: Path, size: int) -> None:
@@ -78,7 +85,7 @@ def convert(train: Path, test: Path, out: Path, size: int) -> None:
                 target = out / 'imgs' / path.parts[1] / path.name
                 if name in ('train', 'test'):
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    with archive.open(str(path)) as file, Image.open(file) as image:
+                    with archive.open(str(path)) as file, _open(file) as image:
                         gray = image.convert('L')
                     gray.resize((size, size), Image.Resampling.BOX).save(target)
             (out / 'meta' / f'{name}.txt').write_text(''.join(lines), encoding='utf-8')
@@ -97,7 +104,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         '--size', type=at_least(1), default=28, help='pixels (default: 28)'
     )
     args = parser.parse_args(argv)
-    with parser.refusing(zipfile.BadZipFile):
+    # What reading damaged, encrypted or strangely compressed archives raises.
+    damages = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
+    with parser.refusing(*damages, Image.DecompressionBombError):
         convert(args.train, args.test, args.out, args.size)
 
 
