@@ -10,16 +10,23 @@ model = dict(
         type='ReIDDataPreprocessor', mean=[127.5] * 3, std=[127.5] * 3
     ),
     backbone=dict(
-        type='mmpretrain.ResNet',
+        type='mmpretrain.ResNet_CIFAR',
         depth=18,
         num_stages=3,
         stem_channels=16,
         base_channels=16,
-        strides=(1, 2, 2),
+        strides=(2, 2, 2),
         dilations=(1, 1, 1),
         out_indices=(2,),
     ),
-    neck=dict(type='GlobalAveragePooling'),
+    # An average over the 4 x 4 positions would lose where strokes are. Normalised,
+    # embeddings do not all start in one direction, where hard triplets collapse.
+    neck=dict(
+        type='mmpretrain.LinearNeck',
+        in_channels=64 * 4 * 4,
+        out_channels=64,
+        norm_cfg=dict(type='BN1d'),
+    ),
     head=dict(
         type='UnitReIDHead',
         num_fcs=0,
@@ -39,6 +46,8 @@ train_pipeline = [
             dict(type='LoadImageFromFile'),
             resize,
             dict(type='Rotate', prob=1.0, max_mag=15.0, img_border_value=255),
+            dict(type='TranslateX', prob=1.0, max_mag=0.1, img_border_value=255),
+            dict(type='TranslateY', prob=1.0, max_mag=0.1, img_border_value=255),
         ],
     ),
     dict(type='PackReIDInputs', meta_keys=None),
@@ -81,13 +90,13 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-max_iters = 500
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=100)
+max_iters = 1600
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=200)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=3e-3, weight_decay=1e-3),
+    optimizer=dict(type='AdamW', lr=1e-2, weight_decay=1e-3),
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=50),

@@ -2,6 +2,6 @@ _base_ = '../_base_/reid_omniglot.py'
 
 model = dict(
     head=dict(
-        loss_triplet=dict(type='RaMBORetrievalLoss', metric='ap', margin=0.2, memory=0)
+        loss_triplet=dict(type='RaMBORetrievalLoss', metric='ap', margin=0.3, memory=0)
     )
 )

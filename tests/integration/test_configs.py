@@ -351,7 +351,7 @@ def test_roots_and_weights_come_from_the_environment(name, monkeypatch):
     assert 'bbox_min_size' not in cfg.pretty_text
 
 
-def test_omniglot_configs_differ_in_the_loss_alone():
+def test_omniglot_configs_differ_in_the_loss_and_its_rate_alone():
     names = [name for name in REID if name.endswith('omniglot.py')]
     for name in names:
         found = differences(load(names[0]), load(name))
@@ -360,6 +360,7 @@ def test_omniglot_configs_differ_in_the_loss_alone():
             *loss,
             'model.head',
             'model.head.loss_triplet',
+            'optim_wrapper.optimizer.lr',
         }
     assert len(names) == 5
 

@@ -62,46 +62,66 @@ KEY = ('data', 'model', 'loss', 'seed')
 TUNING = [
     'train_dataloader.dataset.ann_file=meta/tuning-train.txt',
     'test_dataloader.dataset.ann_file=meta/tuning-test.txt',
+    'max_iters=800',
+    'train_cfg.max_iters=800',
+    'train_cfg.val_interval=100',
+    'param_scheduler.1.T_max=800',
+    'default_hooks.checkpoint.interval=800',
 ]
 _HEAD, _LOSS = 'model.head', 'model.head.loss_triplet'
 _RATE = 'optim_wrapper.optimizer.lr'
+_UNIT, _LINEAR = f'{_HEAD}.type=UnitReIDHead', f'{_HEAD}.type=LinearReIDHead'
 
 
-def _settings(rate: str, margin: float, memory: int | None = None) -> list[str]:
-    options = [f'{_RATE}={rate}', f'{_LOSS}.margin={margin}']
-    return options + ([] if memory is None else [f'{_LOSS}.memory={memory}'])
+def _settings(rate: str, margin: float, *more: str) -> list[str]:
+    return [f'{_RATE}={rate}', f'{_LOSS}.margin={margin}', *more]
 
 
-# For each loss what is tried. Each one sets all that is tuned.
+LONG = [
+    'train_cfg.max_iters=1600',
+    'train_cfg.val_interval=200',
+    'param_scheduler.1.T_max=1600',
+]
+# For each loss what is tried. Each one sets all that is tuned. 'long' has the steps of
+# the configs, the others half as many.
 GRID = {
     'triplet': {
-        'lr1-m0.2': [*_settings('1e-3', 0.2), f'{_HEAD}.type=UnitReIDHead'],
-        'lr3-m0.3': [*_settings('3e-3', 0.3), f'{_HEAD}.type=UnitReIDHead'],
-        'linear': [*_settings('3e-3', 0.3), f'{_HEAD}.type=LinearReIDHead'],
+        'unit-lr3-m0.2': _settings('3e-3', 0.2, _UNIT),
+        'linear-lr3-m0.3': _settings('3e-3', 0.3, _LINEAR),
+        'unit-lr3-m0.2-long': _settings('3e-3', 0.2, _UNIT, *LONG),
+        'linear-lr3-m0.3-long': _settings('3e-3', 0.3, _LINEAR, *LONG),
+        'linear-lr10-m0.3': _settings('1e-2', 0.3, _LINEAR),
     },
     'ce': {
-        'lr3': [f'{_RATE}=3e-3'],
         'lr10': [f'{_RATE}=1e-2'],
-        'linear': [f'{_RATE}=3e-3', f'{_HEAD}.type=LinearReIDHead'],
-        # Two losses, as mmdet's baselines have them.
-        'rambo-recall': [
-            *_settings('3e-3', 0.2, 0),
-            f'{_LOSS}.type=RaMBORetrievalLoss',
-        ],
+        'lr10-long': [f'{_RATE}=1e-2', *LONG],
+        'lr30': [f'{_RATE}=3e-2'],
+        'lr100': [f'{_RATE}=1e-1'],
     },
     'rambo-recall': {
-        'lr1-m0.2-t0': _settings('1e-3', 0.2, 0),
-        'lr3-m0.2-t0': _settings('3e-3', 0.2, 0),
-        'lr3-m0.2-t20': _settings('3e-3', 0.2, 20),
+        'lr10-m0.2': _settings('1e-2', 0.2),
+        'lr30-m0.2': _settings('3e-2', 0.2),
+        'lr10-m0.3': _settings('1e-2', 0.3),
+        'lr30-m0.3': _settings('3e-2', 0.3),
+        'lr10-m0.5': _settings('1e-2', 0.5),
     },
     'rambo-ap': {
-        'lr3-m0.2-t0': _settings('3e-3', 0.2, 0),
-        'lr3-m0.4-t0': _settings('3e-3', 0.4, 0),
+        'lr30-m0.2': _settings('3e-2', 0.2),
+        'lr10-m0.3': _settings('1e-2', 0.3),
+        'lr10-m0.3-long': _settings('1e-2', 0.3, *LONG),
+        'lr30-m0.3': _settings('3e-2', 0.3),
+        'lr10-m0.5': _settings('1e-2', 0.5),
+    },
+    'rambo-paper': {
+        'lr10-m0.3-t0': _settings('1e-2', 0.3, f'{_LOSS}.memory=0'),
+        'lr30-m0.02-t3': _settings('3e-2', 0.02, f'{_LOSS}.memory=3'),
+        'lr30-m0.2-t0': _settings('3e-2', 0.2, f'{_LOSS}.memory=0'),
     },
 }
 NOTE = (
     'In percent; mean ± standard deviation over seeds. Δ: the mean difference of R@1 '
-    "with the same seeds, with Student's 95 % interval. On the right R@1 on the way."
+    "with the same seeds, with Student's 95 % interval. On the right R@1 after parts "
+    'of the training.'
 )
 DEPTH, QUERIES, SHOWN = 20, 5, 6
 
@@ -155,7 +175,7 @@ class _Test(Hook):
         return found
 
     def after_train_iter(self, runner: Any, *_: Any, outputs: Any, **__: Any) -> None:
-        self.losses.append(float(outputs['loss']))
+        self.losses.append(float(outputs['loss'].detach()))
         if self.every_n_train_iters(runner, self.interval):
             begin = time.monotonic()
             found = measure(self.features(runner.model), self.labels, depth=1)
@@ -241,9 +261,10 @@ def table(rows: Sequence[Row], tuning: bool) -> str:
     """Return a Markdown table of the tuning, or of the test."""
     losses = by_loss(rows, 'omniglot-tuning' if tuning else 'omniglot')
     bases = [] if tuning else [loss for loss in losses if 'rambo' not in loss]
-    steps = [p['step'] for of in [*losses.values()][:1] for p in of[0]['curve']]
+    points = max((len(of[0]['curve']) for of in losses.values()), default=0)
+    way = [f'at {k}/{points}' for k in range(1, points + 1)]
     head = ['loss', 'seeds', 'R@1', 'R@5', 'mAP', *(f'Δ to {base}' for base in bases)]
-    lines: list[list[Any]] = [[*head, *(f'step {step}' for step in steps)]]
+    lines: list[list[Any]] = [[*head, *way]]
     for loss, runs in losses.items():
         found = [*runs.values()]
         lines.append([loss, len(found)])
@@ -252,8 +273,8 @@ def table(rows: Sequence[Row], tuning: bool) -> str:
             both = [seed for seed in runs if seed in losses[base] and loss != base]
             pairs = [[of[seed] for seed in both] for of in (runs, losses[base])]
             lines[-1].append(difference_text(*pairs, 'R1') if both else '')
-        for way in zip(*(row['curve'] for row in found)):
-            lines[-1].append(f'{np.mean([point["R1"] for point in way]):.1f}')
+        for reached in zip(*(row['curve'] for row in found)):
+            lines[-1].append(f'{np.mean([point["R1"] for point in reached]):.1f}')
     return f'{markdown_table(lines)}\n\n{NOTE}'
 
 
@@ -266,7 +287,7 @@ def draw(rows: Sequence[Row], imgs: Path, out: Path) -> None:
     from PIL import Image
 
     losses = by_loss(rows, 'omniglot')
-    shown = [loss for loss in losses if loss in ('triplet', 'rambo-recall')]
+    shown = [loss for loss in losses if loss in ('ce', 'rambo-ap')]
     figure = plt.figure(figsize=(11, 4.2), layout='constrained')
     ratios = [1.3] + [1] * len(shown)
     left, *parts = figure.subfigures(1, len(ratios), width_ratios=ratios)
