@@ -32,13 +32,12 @@ def _waiting(kind: type) -> FrozenSet[str]:
 
 
 @contextmanager
-def _heard_in(names: FrozenSet[str], mean: Optional[Mean]) -> Iterator[None]:
-    """Let modules call ``mean`` instead of ``reduce_mean``; none if it is None."""
-    modules = [sys.modules[name] for name in names] if mean is not None else []
+def _heard_in(names: FrozenSet[str], mean: Mean) -> Iterator[None]:
+    """Let modules call ``mean`` instead of ``reduce_mean``."""
+    modules = [sys.modules[name] for name in names]
     stock = [getattr(module, _MEANS) for module in modules]
 
     def heard(value: Tensor) -> Tensor:
-        assert mean is not None
         return mean(value) if value.numel() == 1 else stock[0](value)
 
     try:
@@ -60,8 +59,11 @@ def told_to_others(method: _Method) -> _Method:
     def telling(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.ranks:
             return method(self, *args, **kwargs)
-        with self.loss_cls.expected() as mean, _heard_in(_waiting(type(self)), mean):
-            return method(self, *args, **kwargs)
+        with self.loss_cls.expected() as mean:
+            if mean is None:
+                return method(self, *args, **kwargs)
+            with _heard_in(_waiting(type(self)), mean):
+                return method(self, *args, **kwargs)
 
     return cast(_Method, telling)
 

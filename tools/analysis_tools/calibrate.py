@@ -35,7 +35,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from mmdet.registry import DATASETS
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 
 from tools.analysis_tools.calibration import (
     bin_means,
@@ -66,7 +66,6 @@ from tools.common.atomic_file import atomic_file
 from tools.common.markdown_table import markdown_table
 from tools.common.wrong_calls import (
     Parser,
-    option,
     readable_file,
     writable_file,
     writable_folder,
@@ -355,9 +354,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         '--pictures', type=writable_folder, help='folder of a reliability diagram'
     )
     parser.add_argument('--per-class', action='store_true', help='a diagram of each')
-    parser.add_argument(
-        '--cfg-options', nargs='+', type=option, action=DictAction, default={}
-    )
+    parser.add_cfg_options()
     args = parser.parse_args(argv)
     if args.out.resolve() == args.checkpoint.resolve():
         parser.error(f'--out {args.out} is CHECKPOINT; name another file')

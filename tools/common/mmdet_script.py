@@ -11,7 +11,6 @@ from typing import Any, Container, Iterator
 
 from tools.common.wrong_calls import (
     Parser,
-    option,
     read_config,
     writable_file,
     writable_folder,
@@ -92,7 +91,7 @@ def run_mmdet_script(name: str) -> None:
     parser = Parser(prog=name, add_help=False, allow_abbrev=False)
     parser.add_argument('--out', type=_predictions)
     parser.add_argument('--work-dir', type=writable_folder)
-    parser.add_argument('--cfg-options', nargs='+', type=option)
+    parser.add_cfg_options()
     parser.parse_known_args()
     argparse.ArgumentParser.error = Parser.error  # mmdet's own parser: one line
     try:

@@ -31,6 +31,14 @@ class Parser(argparse.ArgumentParser):
         print(f'{Path(self.prog).stem}: {text}', file=sys.stderr)
         raise WrongCall(text)
 
+    def add_cfg_options(self) -> None:
+        """Add the ``--cfg-options`` of mmdet's scripts."""
+        from mmengine.config import DictAction
+
+        self.add_argument(
+            '--cfg-options', nargs='+', type=option, action=DictAction, default={}
+        )
+
     @contextmanager
     def refusing(self, *more: type[Exception]) -> Iterator[None]:
         """Treat errors about files and values, and others that are named, as wrong."""
@@ -48,8 +56,11 @@ def readable_file(text: str) -> Path:
             with path.open('rb') as file:
                 if file.read(1):
                     return path
-        what = 'a folder' if path.is_dir() else 'no regular file'
-        what = 'an empty one' if path.is_file() else what if path.exists() else ''
+            what = 'an empty one'
+        elif path.is_dir():
+            what = 'a folder'
+        else:
+            what = 'no regular file' if path.exists() else ''
     except (OSError, ValueError) as error:
         what = str(error)
     shown = f'{text}, which is {what}' if what else f'{text}, which does not exist'
@@ -117,6 +128,17 @@ def option(text: str) -> str:
     return text
 
 
+# What reading other content than was expected raises.
+_MISREAD = (
+    AttributeError,
+    LookupError,
+    OSError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
 @contextmanager
 def reading(path: Path, expected: str) -> Iterator[None]:
     """Say of a file with other content what was expected.
@@ -126,10 +148,7 @@ def reading(path: Path, expected: str) -> Iterator[None]:
     """
     try:
         yield
-    except (
-        *(LookupError, TypeError, AttributeError, ValueError, OSError),
-        RecursionError,
-    ) as error:
+    except _MISREAD as error:
         reason = f'{type(error).__name__}: {error}'
         raise ValueError(f'{path}: expected {expected}, got {reason}') from error
 

@@ -21,7 +21,6 @@ from typing import Any, Sequence
 if not __package__:  # run as a script: its modules are those of the checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from mmengine.config import DictAction
 
 from tools import ROOT
 from tools.analysis_tools.calibrate import calibrate, measures, on_list
@@ -35,13 +34,7 @@ from tools.analysis_tools.classifier import (
 from tools.analysis_tools.detections import best_f1
 from tools.common.atomic_file import atomic_file
 from tools.common.markdown_table import markdown_table, split_page, update_page
-from tools.common.wrong_calls import (
-    Parser,
-    option,
-    readable_file,
-    reading,
-    writable_file,
-)
+from tools.common.wrong_calls import Parser, readable_file, reading, writable_file
 from tools.experiments import matmul_roi_align
 
 OUT = ROOT / 'docs' / 'results' / 'calibration.json'
@@ -111,9 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('folders', nargs='*', type=Path, metavar='WORK_DIR')
     parser.add_argument('--ann-file')
     parser.add_argument('--indices', type=int)
-    parser.add_argument(
-        '--cfg-options', nargs='+', type=option, action=DictAction, default={}
-    )
+    parser.add_cfg_options()
     parser.add_argument('--out', type=writable_file, default=OUT)
     parser.add_argument('--table-only', action='store_true')
     parser.add_argument('--update', type=readable_file, metavar='PAGE.md')

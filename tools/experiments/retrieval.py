@@ -59,13 +59,21 @@ OUT = ROOT / 'docs' / 'results' / 'retrieval.json'
 CONFIGS = sorted((ROOT / 'configs' / 'reid').glob('*_omniglot.py'))
 MARKS = ('<!-- retrieval -->', '<!-- end retrieval -->')
 KEY = ('data', 'model', 'loss', 'seed')
+
+
+def _steps(count: int) -> list[str]:
+    return [
+        f'train_cfg.max_iters={count}',
+        f'train_cfg.val_interval={count // 8}',
+        f'param_scheduler.1.T_max={count}',
+    ]
+
+
 TUNING = [
     'train_dataloader.dataset.ann_file=meta/tuning-train.txt',
     'test_dataloader.dataset.ann_file=meta/tuning-test.txt',
     'max_iters=800',
-    'train_cfg.max_iters=800',
-    'train_cfg.val_interval=100',
-    'param_scheduler.1.T_max=800',
+    *_steps(800),
     'default_hooks.checkpoint.interval=800',
 ]
 _HEAD, _LOSS = 'model.head', 'model.head.loss_triplet'
@@ -77,11 +85,7 @@ def _settings(rate: str, margin: float, *more: str) -> list[str]:
     return [f'{_RATE}={rate}', f'{_LOSS}.margin={margin}', *more]
 
 
-LONG = [
-    'train_cfg.max_iters=1600',
-    'train_cfg.val_interval=200',
-    'param_scheduler.1.T_max=1600',
-]
+LONG = _steps(1600)
 # For each loss what is tried. Each one sets all that is tuned. 'long' has the steps of
 # the configs, the others half as many.
 GRID = {
